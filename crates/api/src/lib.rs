@@ -1,0 +1,15 @@
+//! The contract of the service plane: wire types, and a typed client over a unix socket or pinned TLS.
+//!
+//! The plane serves it, hosts and the command line use it, and nothing else is shared between them.
+
+#![forbid(unsafe_code)]
+
+mod client;
+mod endpoint;
+mod store;
+mod wire;
+
+pub use client::{Client, ClientError};
+pub use endpoint::{Endpoint, EndpointError, Fingerprint, Token, TokenKind, fingerprint};
+pub use store::{PlaneStore, StoreError};
+pub use wire::*;

@@ -1,0 +1,34 @@
+//! The words of Collective as types: what makers, hosts and the plane say to each other.
+//!
+//! Everything depends on this crate, and it depends on none of ours. It does no I/O: what it decides (is a
+//! manifest sound, may an instance go from one state to another, should an update happen now) it decides from
+//! its arguments alone, so that every decision can be tested without a machine.
+
+#![forbid(unsafe_code)]
+
+mod digest;
+mod health;
+mod instance;
+mod lifecycle;
+mod manifest;
+mod names;
+mod recipe;
+pub mod run;
+mod units;
+mod update;
+
+pub use digest::{Digest, ParseDigestError};
+pub use health::{HealthCheck, HealthState, HttpProbe};
+pub use instance::{
+    Checkpoint, CheckpointId, Generation, InstanceId, Observed, ObservedDisk, Operation, OperationId, OperationKind,
+    OperationState, PublishedPort, Spec,
+};
+pub use lifecycle::{State, Trigger};
+pub use manifest::{
+    CloudInit, Disk, DiskRole, Firmware, Hardware, MANIFEST_FORMAT, MAX_MANIFEST_BYTES, Manifest,
+    ManifestError, Port, Protocol, Setting, SettingType, Ssh, SystemWrites,
+};
+pub use names::{ApplianceName, Name, ParseNameError, Reference, Selector, VersionName};
+pub use recipe::{BuildRecipe, Recipe, RecipeDisk, RecipeError, RecipeHardware};
+pub use units::{ByteSize, ParseUnitError, Span, Timestamp};
+pub use update::{UpdateDecision, UpdateFacts, decide_update};

@@ -1,0 +1,214 @@
+//! The runner's local protocol: how the host daemon tells a runner what to keep alive, and asks it how it is.
+//!
+//! A runner outlives the daemon that started it, so an old runner meets newer daemons: within one [`PROTOCOL`] fields
+//! are only added, with defaults. Both sides send one JSON document per line over the runner's unix socket; a daemon
+//! sends a [`Request`], the runner answers with a [`Reply`].
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ApplianceName, Digest, Firmware, HealthCheck, HealthState, InstanceId, Name, PublishedPort, Timestamp};
+
+/// The version of this protocol.
+pub const PROTOCOL: u32 = 1;
+/// A message is at most this long, in bytes.
+pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
+
+/// All that a runner needs; the daemon writes it to `run.json` in the instance's run directory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunConfig {
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// Whose machine.
+    pub instance: InstanceId,
+    /// Its name, for people who list processes.
+    pub name: Name,
+    /// When the order to start came: times are counted from here.
+    pub ordered: Timestamp,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Firmware.
+    pub firmware: Firmware,
+    /// UEFI variables of this instance, where the firmware is UEFI.
+    #[serde(default)]
+    pub uefi_vars: Option<PathBuf>,
+    /// Whether there is a VGA display.
+    pub display: bool,
+    /// In the guest's order.
+    pub disks: Vec<RunDisk>,
+    /// The seed disk, a raw file, attached read-only after the others.
+    pub seed: PathBuf,
+    /// Published ports.
+    pub ports: Vec<PublishedPort>,
+    /// Whether they open at once, or only when the daemon says so.
+    pub open_ports: bool,
+    /// Health check.
+    pub health: Option<HealthCheck>,
+    /// Whether the guest reaches the outside.
+    pub outbound: bool,
+    /// Never use KVM.
+    pub force_tcg: bool,
+    /// User and group id for QEMU; none: the same as the runner's.
+    pub user: Option<(u32, u32)>,
+    /// The host's cache.
+    pub cache: PathBuf,
+    /// How to reach the store, a file only the host's user can read.
+    pub credentials: PathBuf,
+}
+
+/// One disk of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunDisk {
+    /// Its name and serial number.
+    pub name: Name,
+    /// In bytes.
+    pub size: u64,
+    /// Its base content.
+    pub image: Option<RunImage>,
+    /// Copy-on-write layers over it, oldest first; the last one takes the writes.
+    pub layers: Vec<PathBuf>,
+}
+
+/// An image and where its frames are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunImage {
+    /// The root page.
+    pub root: Digest,
+    /// The appliance whose packs hold it.
+    pub appliance: ApplianceName,
+    /// The version that listed these packs.
+    pub version: Digest,
+}
+
+/// What a daemon asks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    /// How are you?
+    Status,
+    /// Let users in.
+    OpenPorts,
+    /// Press the power button; cut the power after this many milliseconds.
+    Stop {
+        /// The limit.
+        limit_ms: u64,
+    },
+    /// Cut the power.
+    PowerOff,
+}
+
+/// What a runner answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// The answer to everything that worked.
+    Status(Box<RunStatus>),
+    /// It did not work.
+    Error {
+        /// Why.
+        message: String,
+    },
+}
+
+/// How a run is going.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunStatus {
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// The runner.
+    pub pid: u32,
+    /// QEMU, once it exists.
+    pub qemu_pid: Option<u32>,
+    /// Where it is.
+    pub phase: Phase,
+    /// `kvm`, or `tcg` and why.
+    pub accelerator: Option<String>,
+    /// Milliseconds from the order to the machine's first instruction.
+    pub started_in_ms: Option<u64>,
+    /// Milliseconds from the order to the first healthy answer.
+    pub first_answer_ms: Option<u64>,
+    /// Health.
+    pub health: HealthState,
+    /// What the last failed probe said.
+    pub probe_output: Option<String>,
+    /// Whether published ports are open.
+    pub ports_open: bool,
+    /// For each disk, bytes that differ from its image.
+    pub own_bytes: Vec<u64>,
+    /// Bytes fetched from the store, compressed data frames.
+    pub bytes_fetched: u64,
+    /// Index pages and directories fetched.
+    pub index_bytes_fetched: u64,
+    /// Compressed bytes that the cache had.
+    pub bytes_from_cache: u64,
+    /// Data frames of the images not in the cache yet; none: not known.
+    pub frames_missing: Option<u64>,
+    /// Why reads are waiting, where the store is away.
+    pub waiting: Option<String>,
+    /// Where the guest's ports can be reached from this host, by guest port.
+    #[serde(default)]
+    pub forwards: Vec<(u16, SocketAddr)>,
+    /// Paused because the host's disk is full, or another device error.
+    pub paused: Option<String>,
+    /// How it ended, in [`Phase::Ended`].
+    pub end: Option<RunEnd>,
+}
+
+/// Where a run is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Disks are opened, QEMU is started.
+    #[default]
+    Starting,
+    /// The guest runs.
+    Running,
+    /// QEMU has ended; the runner is about to.
+    Ended,
+}
+
+/// How a run ended; the runner leaves it in `end.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunEnd {
+    /// What happened.
+    pub kind: EndKind,
+    /// In words, QEMU's own included.
+    pub message: String,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// What ended a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndKind {
+    /// Asked to stop, the guest shut itself down.
+    Clean,
+    /// Asked to stop, it did not within the limit, and the power was cut.
+    Forced,
+    /// The guest powered itself off without being asked.
+    GuestOff,
+    /// The machine could not be started; trying again would not help.
+    NotStarted,
+    /// QEMU, the guest or the runner died.
+    Crashed,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An old runner meets a new daemon: the words on the wire must not change by accident.
+    #[test]
+    fn wire_words() {
+        let text = serde_json::to_string(&Request::Stop { limit_ms: 5 }).unwrap();
+        assert_eq!(text, r#"{"op":"stop","limit_ms":5}"#);
+        let reply = Reply::Error { message: "x".into() };
+        assert_eq!(serde_json::to_string(&reply).unwrap(), r#"{"reply":"error","message":"x"}"#);
+        assert_eq!(serde_json::to_string(&EndKind::GuestOff).unwrap(), r#""guest-off""#);
+    }
+}

@@ -1,0 +1,327 @@
+//! The routes: who may ask what, and in which shape. What happens is decided elsewhere.
+
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::http::header::{CONTENT_RANGE, RANGE};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post, put};
+use axum::{Json, Router};
+use bytes::Bytes;
+use collective_api::{
+    ApplianceView, ChannelHead, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer,
+    JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest,
+    PublishVersion, TokenView, VersionDetail, VersionView,
+};
+use collective_keys::Signed;
+use collective_model::{ApplianceName, Digest, Name, OperationId};
+use collective_store::pack::MAX_PACK_BYTES;
+use serde::Deserialize;
+
+use crate::Plane;
+use crate::access::Caller;
+use crate::problem::{Answer, Failure};
+
+/// JSON bodies are at most this long, in bytes.
+const MAX_JSON: usize = 4 << 20;
+/// The longest a reader waits for a change.
+const MAX_WAIT: Duration = Duration::from_secs(20);
+
+pub(crate) fn router(plane: Plane) -> Router {
+    let packs = Router::new()
+        .route("/v1/appliances/{publisher}/{name}/packs/{pack}", put(put_pack).get(get_pack))
+        .layer(DefaultBodyLimit::max(MAX_PACK_BYTES as usize));
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/appliances", get(search))
+        .route("/v1/appliances/{publisher}/{name}/versions", post(publish))
+        .route("/v1/appliances/{publisher}/{name}/channels/{channel}", put(set_channel).get(get_channel))
+        .route("/v1/publishers/{publisher}/key", post(change_key))
+        .route("/v1/resolve", get(resolve))
+        .route("/v1/versions/{version}", get(version))
+        .route("/v1/tokens", post(create_token))
+        .route("/v1/hosts", get(hosts))
+        .route("/v1/hosts/join", post(join))
+        .route("/v1/hosts/{name}", delete(remove_host))
+        .route("/v1/hosts/self/report", post(report))
+        .route("/v1/hosts/self/orders", get(orders))
+        .route("/v1/instances", get(instances).post(launch))
+        .route("/v1/instances/{name}", get(instance).patch(change))
+        .route("/v1/instances/{name}/power", post(power))
+        .route("/v1/instances/{name}/operations", post(operate))
+        .route("/v1/instances/{name}/history", get(history))
+        .route("/v1/operations/{id}", get(operation))
+        .layer(DefaultBodyLimit::max(MAX_JSON))
+        .merge(packs)
+        .fallback(async || Failure::missing("there is no such path; are the versions of plane and client the same?"))
+        .with_state(plane)
+}
+
+fn parse<T: std::str::FromStr>(text: &str) -> Answer<T>
+where
+    T::Err: std::fmt::Display,
+{
+    text.parse().map_err(|error| Failure::invalid(format!("{error}")))
+}
+
+fn appliance(publisher: &str, name: &str) -> Answer<ApplianceName> {
+    parse(&format!("{publisher}/{name}"))
+}
+
+/// `after` and `wait_ms`: answer when the plane's revision differs from `after`, or when time is over.
+#[derive(Deserialize)]
+struct Wait {
+    #[serde(default)]
+    after: Option<u64>,
+    #[serde(default)]
+    wait_ms: u64,
+}
+
+impl Wait {
+    async fn for_change(&self, plane: &Plane) {
+        if let Some(after) = self.after {
+            let mut state = plane.inner.state.subscribe();
+            let wait = Duration::from_millis(self.wait_ms).min(MAX_WAIT);
+            let _ = tokio::time::timeout(wait, state.wait_for(|revision| *revision != after)).await;
+        }
+    }
+}
+
+async fn status(State(plane): State<Plane>, caller: Caller) -> Answer<Json<PlaneStatus>> {
+    caller.reader()?;
+    Ok(Json(PlaneStatus {
+        version: env!("CARGO_PKG_VERSION").into(),
+        listen: plane.inner.public.as_ref().map(|(address, _)| address.clone()),
+        hosts: plane.host_views().await?,
+        instances: plane.database().instances().await?.len() as u64,
+    }))
+}
+
+#[derive(Deserialize)]
+struct Search {
+    #[serde(default)]
+    query: String,
+}
+
+async fn search(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Query(search): Query<Search>,
+) -> Answer<Json<Vec<ApplianceView>>> {
+    caller.reader()?;
+    Ok(Json(plane.search(&search.query).await?))
+}
+
+async fn publish(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path((publisher, name)): Path<(String, String)>,
+    Json(request): Json<PublishVersion>,
+) -> Answer<Json<VersionView>> {
+    caller.user()?;
+    Ok(Json(plane.publish(&appliance(&publisher, &name)?, request).await?))
+}
+
+async fn put_pack(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path((publisher, name, pack)): Path<(String, String, String)>,
+    body: Bytes,
+) -> Answer<Json<()>> {
+    caller.user()?;
+    plane.depot().put_pack(&appliance(&publisher, &name)?, parse(&pack)?, body).await?;
+    Ok(Json(()))
+}
+
+/// A pack's bytes by range; without one, its size as JSON.
+async fn get_pack(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path((publisher, name, pack)): Path<(String, String, String)>,
+    headers: HeaderMap,
+) -> Answer<Response> {
+    caller.reader()?;
+    let (appliance, pack) = (appliance(&publisher, &name)?, parse::<Digest>(&pack)?);
+    let Some(range) = headers.get(RANGE) else {
+        return Ok(Json(plane.depot().pack_size(&appliance, &pack).await?).into_response());
+    };
+    let range = range.to_str().ok().and_then(|text| text.strip_prefix("bytes=")).and_then(|text| text.split_once('-'));
+    let range = range.and_then(|(first, last)| Some((first.parse::<u64>().ok()?, last.parse::<u64>().ok()?)));
+    let (first, last) = range.ok_or_else(|| Failure::invalid("the range must be bytes=FIRST-LAST"))?;
+    let end = last.checked_add(1).ok_or_else(|| Failure::invalid("the range is too long"))?;
+    let bytes = plane.depot().read(&appliance, &pack, first..end).await?;
+    let range = [(CONTENT_RANGE, format!("bytes {first}-{last}/*"))];
+    Ok((StatusCode::PARTIAL_CONTENT, range, bytes).into_response())
+}
+
+async fn set_channel(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path((publisher, name, channel)): Path<(String, String, String)>,
+    Json(pointer): Json<Signed>,
+) -> Answer<Json<()>> {
+    caller.user()?;
+    Ok(Json(plane.set_channel(&appliance(&publisher, &name)?, &parse(&channel)?, pointer).await?))
+}
+
+async fn get_channel(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path((publisher, name, channel)): Path<(String, String, String)>,
+) -> Answer<Json<ChannelHead>> {
+    caller.reader()?;
+    let row = plane.channel(&appliance(&publisher, &name)?, &parse(&channel)?).await?;
+    Ok(Json(ChannelHead { pointer: row.pointer }))
+}
+
+async fn change_key(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(publisher): Path<String>,
+    Json(update): Json<KeyUpdate>,
+) -> Answer<Json<()>> {
+    caller.user()?;
+    Ok(Json(plane.change_key(&parse(&publisher)?, update).await?))
+}
+
+#[derive(Deserialize)]
+struct Resolve {
+    reference: String,
+}
+
+async fn resolve(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Query(query): Query<Resolve>,
+) -> Answer<Json<VersionDetail>> {
+    caller.reader()?;
+    let row = plane.resolve(&parse(&query.reference)?).await?;
+    Ok(Json(plane.detail(row).await?))
+}
+
+async fn version(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(version): Path<String>,
+) -> Answer<Json<VersionDetail>> {
+    caller.reader()?;
+    let digest: Digest = parse(&version)?;
+    let row = plane.database().version(&digest).await?;
+    let row = row.ok_or_else(|| Failure::missing(format!("version {digest} is not published here")))?;
+    Ok(Json(plane.detail(row).await?))
+}
+
+async fn create_token(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Json(request): Json<NewToken>,
+) -> Answer<Json<TokenView>> {
+    caller.user()?;
+    Ok(Json(plane.create_token(&request.kind).await?))
+}
+
+async fn hosts(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Vec<HostView>>> {
+    caller.user()?;
+    Ok(Json(plane.host_views().await?))
+}
+
+async fn join(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Json(request): Json<JoinRequest>,
+) -> Answer<Json<JoinAnswer>> {
+    let token = caller.joiner()?;
+    Ok(Json(plane.join(&request.name, token.as_ref()).await?))
+}
+
+async fn remove_host(State(plane): State<Plane>, caller: Caller, Path(name): Path<String>) -> Answer<Json<()>> {
+    caller.user()?;
+    Ok(Json(plane.remove_host(&parse(&name)?).await?))
+}
+
+async fn report(State(plane): State<Plane>, caller: Caller, Json(report): Json<HostReport>) -> Answer<Json<()>> {
+    Ok(Json(plane.report(caller.host()?, report).await?))
+}
+
+#[derive(Deserialize)]
+struct Seen {
+    seen: u64,
+    wait_ms: u64,
+}
+
+async fn orders(State(plane): State<Plane>, caller: Caller, Query(query): Query<Seen>) -> Answer<Json<HostOrders>> {
+    Ok(Json(plane.orders(caller.host()?, query.seen, Duration::from_millis(query.wait_ms)).await?))
+}
+
+async fn instances(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Vec<InstanceView>>> {
+    caller.user()?;
+    Ok(Json(plane.instance_views().await?))
+}
+
+async fn launch(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Json(request): Json<LaunchRequest>,
+) -> Answer<Json<InstanceView>> {
+    caller.user()?;
+    Ok(Json(plane.launch(request).await?))
+}
+
+async fn instance(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Query(wait): Query<Wait>,
+) -> Answer<Json<InstanceView>> {
+    caller.user()?;
+    wait.for_change(&plane).await;
+    Ok(Json(plane.instance_view(&parse::<Name>(&name)?).await?))
+}
+
+async fn change(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Json(patch): Json<InstancePatch>,
+) -> Answer<Json<InstanceView>> {
+    caller.user()?;
+    Ok(Json(plane.change(&parse(&name)?, patch).await?))
+}
+
+async fn power(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Json(request): Json<PowerRequest>,
+) -> Answer<Json<InstanceView>> {
+    caller.user()?;
+    Ok(Json(plane.power(&parse(&name)?, request.on).await?))
+}
+
+async fn operate(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Json(request): Json<OperationRequest>,
+) -> Answer<Json<OperationView>> {
+    caller.user()?;
+    Ok(Json(plane.operate(&parse(&name)?, request).await?))
+}
+
+async fn history(State(plane): State<Plane>, caller: Caller, Path(name): Path<String>) -> Answer<Json<Vec<Event>>> {
+    caller.user()?;
+    let row = plane.row(&parse(&name)?).await?;
+    Ok(Json(plane.database().events(&row.spec.id).await?))
+}
+
+async fn operation(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(id): Path<String>,
+    Query(wait): Query<Wait>,
+) -> Answer<Json<OperationView>> {
+    caller.user()?;
+    wait.for_change(&plane).await;
+    Ok(Json(plane.operation_view(&parse::<OperationId>(&id)?).await?))
+}

@@ -1,0 +1,74 @@
+-- The plane's records. Times are milliseconds since 1970, UTC; documents are the JSON of the API.
+
+CREATE TABLE IF NOT EXISTS publishers (
+    name    TEXT PRIMARY KEY,
+    key     TEXT NOT NULL,
+    changes TEXT NOT NULL DEFAULT '[]'
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS versions (
+    digest    TEXT PRIMARY KEY,
+    publisher TEXT NOT NULL REFERENCES publishers(name),
+    appliance TEXT NOT NULL,
+    version   TEXT NOT NULL,
+    created   INTEGER NOT NULL,
+    summary   TEXT NOT NULL,
+    manifest  TEXT NOT NULL,
+    packs     TEXT NOT NULL,
+    UNIQUE (publisher, appliance, version)
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS channels (
+    publisher TEXT NOT NULL,
+    appliance TEXT NOT NULL,
+    channel   TEXT NOT NULL,
+    serial    INTEGER NOT NULL,
+    version   TEXT NOT NULL REFERENCES versions(digest),
+    pointer   TEXT NOT NULL,
+    PRIMARY KEY (publisher, appliance, channel)
+) STRICT;
+
+-- Only hashes of secrets are kept.
+CREATE TABLE IF NOT EXISTS tokens (
+    hash    TEXT PRIMARY KEY,
+    kind    TEXT NOT NULL,
+    created INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS hosts (
+    name        TEXT PRIMARY KEY,
+    secret_hash TEXT NOT NULL UNIQUE,
+    facts       TEXT,
+    seen        INTEGER
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS instances (
+    id         TEXT PRIMARY KEY,
+    name       TEXT NOT NULL UNIQUE,
+    host       TEXT NOT NULL REFERENCES hosts(name),
+    generation INTEGER NOT NULL,
+    spec       TEXT NOT NULL,
+    follow     TEXT,
+    hold_until INTEGER,
+    observed   TEXT,
+    failed     TEXT NOT NULL DEFAULT '[]'
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS operations (
+    id        TEXT PRIMARY KEY,
+    instance  TEXT NOT NULL,
+    operation TEXT NOT NULL,
+    state     TEXT NOT NULL,
+    final     INTEGER NOT NULL,
+    created   INTEGER NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS operations_open ON operations(final, created);
+
+CREATE TABLE IF NOT EXISTS events (
+    instance TEXT NOT NULL REFERENCES instances(id),
+    serial   INTEGER NOT NULL,
+    at       INTEGER NOT NULL,
+    what     TEXT NOT NULL,
+    message  TEXT NOT NULL,
+    PRIMARY KEY (instance, serial)
+) STRICT;

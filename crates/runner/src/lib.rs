@@ -1,0 +1,90 @@
+//! The process that keeps one instance alive: its disks (FUSE) and its machine (QEMU), and nothing else.
+//!
+//! It is started by the host daemon and outlives it. All it needs is in `run.json` in its directory; it answers on
+//! `runner.sock` there ([`collective_model::run`]), and leaves `end.json` when the machine has ended. Its own death is
+//! a power cut to the guest: QEMU is told to die with it, and the next start finds the disks as after a power cut.
+
+#![forbid(unsafe_code)]
+
+mod gate;
+mod machine;
+mod probe;
+mod serve;
+mod state;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use collective_model::Timestamp;
+use collective_model::run::{EndKind, PROTOCOL, RunConfig, RunEnd};
+use collective_store::Source;
+
+pub use state::NotStarted;
+
+/// Files of a runner's directory.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// The directory itself.
+    pub dir: PathBuf,
+}
+
+impl Layout {
+    /// What to run.
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("run.json")
+    }
+    /// Where the runner answers.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("runner.sock")
+    }
+    /// How it ended.
+    pub fn end(&self) -> PathBuf {
+        self.dir.join("end.json")
+    }
+    /// Entered only by the user that QEMU runs as; the disks are mounted in it.
+    pub fn guarded(&self) -> PathBuf {
+        self.dir.join("v")
+    }
+    /// Where the disks are mounted.
+    pub fn mount(&self) -> PathBuf {
+        self.dir.join("v/d")
+    }
+    /// QEMU's own files, the serial log among them.
+    pub fn qemu(&self) -> PathBuf {
+        self.dir.join("q")
+    }
+}
+
+/// Opens the store that credentials lead to, keeping versions in the host's folder.
+pub type OpenSource = dyn Fn(&RunConfig) -> Result<Arc<dyn Source>, String> + Send + Sync;
+
+/// Runs the instance in `dir` to its end. The returned end is also in `end.json`.
+pub async fn run(dir: &Path, open_source: &OpenSource) -> RunEnd {
+    let layout = Layout { dir: dir.to_owned() };
+    let end = match read_config(&layout) {
+        Ok(config) => machine::run(&layout, config, open_source).await,
+        Err(message) => RunEnd { kind: EndKind::NotStarted, message, at: Timestamp::now() },
+    };
+    tracing::info!(kind = ?end.kind, message = end.message, "the run has ended");
+    if let Err(error) = write_end(&layout, &end) {
+        tracing::error!(%error, "cannot leave end.json; the daemon will take this for a crash");
+    }
+    end
+}
+
+fn read_config(layout: &Layout) -> Result<RunConfig, String> {
+    let path = layout.config();
+    let bytes = std::fs::read(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+    let config: RunConfig =
+        serde_json::from_slice(&bytes).map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
+    if config.protocol != PROTOCOL {
+        return Err(format!("the daemon speaks protocol {}, and this runner {PROTOCOL}", config.protocol));
+    }
+    Ok(config)
+}
+
+fn write_end(layout: &Layout, end: &RunEnd) -> std::io::Result<()> {
+    let part = layout.dir.join("end.part");
+    std::fs::write(&part, serde_json::to_vec(end)?)?;
+    std::fs::rename(&part, layout.end())
+}

@@ -1,0 +1,342 @@
+//! From `run.json` to the machine's end: disks, mount, QEMU, and the loop that waits for what happens.
+
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd};
+use collective_model::{Firmware, Timestamp};
+use collective_store::cache::Cache;
+use collective_store::fetch::{FetchError, FrameStore};
+use collective_store::image::ImageMap;
+use collective_vmm as vmm;
+use collective_volume::{Disk, File, Mount};
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::gate::Gate;
+use crate::state::{NotStarted, Order, Shared};
+use crate::{Layout, OpenSource, probe, serve};
+
+/// A guest that was paused because the host's disk was full is tried again after this time.
+const RETRY_PAUSED: Duration = Duration::from_secs(5);
+/// Some guests miss the first press of the power button while they boot.
+const PRESS_AGAIN: Duration = Duration::from_secs(5);
+/// Where Debian and Ubuntu keep the UEFI code.
+const OVMF_CODE: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd"];
+
+/// Runs the machine to its end.
+pub(crate) async fn run(layout: &Layout, config: RunConfig, open_source: &OpenSource) -> RunEnd {
+    let (orders, inbox) = mpsc::channel(8);
+    match start(layout, config, open_source, orders).await {
+        Ok(running) => running.see_to_its_end(inbox).await,
+        Err(error) => RunEnd { kind: EndKind::NotStarted, message: error.to_string(), at: Timestamp::now() },
+    }
+}
+
+struct Running {
+    shared: Arc<Shared>,
+    vm: vmm::Vm,
+    events: vmm::EventReceiver,
+    mount: Mount,
+    layout: Layout,
+}
+
+async fn start(
+    layout: &Layout,
+    config: RunConfig,
+    open_source: &OpenSource,
+    orders: mpsc::Sender<Order>,
+) -> Result<Running, NotStarted> {
+    let source = open_source(&config).map_err(NotStarted::step("cannot open the store"))?;
+    let cache = Cache::open(&config.cache).map_err(NotStarted::step("cannot open the host's cache"))?;
+    let gate = Gate::reserve(&config.ports).map_err(NotStarted::step("the ports are not to be had"))?;
+    let shared = Arc::new(Shared::new(config, Arc::new(FrameStore::new(cache, source)), gate, orders));
+    let _ = std::fs::remove_file(layout.socket());
+    let listener = UnixListener::bind(layout.socket()).map_err(NotStarted::step("cannot listen for the daemon"))?;
+    tokio::spawn(serve::serve(listener, shared.clone()));
+
+    let disks = open_disks(&shared).await?;
+    *shared.disks() = disks.clone();
+    let mount = mount(layout, &shared.config, &disks)?;
+    match launch(layout, &shared).await {
+        Ok((vm, events)) => {
+            tokio::spawn(fetch_the_rest(shared.clone(), disks));
+            Ok(Running { shared, vm, events, mount, layout: layout.clone() })
+        }
+        Err(error) => {
+            let _ = mount.unmount();
+            Err(error)
+        }
+    }
+}
+
+async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
+    let mut disks = Vec::new();
+    for disk in &shared.config.disks {
+        let wrong = |why: String| NotStarted::Disk { disk: disk.name.to_string(), why };
+        let image = load_image(shared, disk).await.map_err(|e| wrong(e.to_string()))?;
+        let opened = Disk::open(disk.size, image, shared.store.clone(), &disk.layers);
+        disks.push(Arc::new(opened.map_err(|e| wrong(e.to_string()))?));
+    }
+    Ok(disks)
+}
+
+/// Reads the image's index; waits for a store that is away, and says so in the status.
+async fn load_image(shared: &Shared, disk: &RunDisk) -> Result<Option<Arc<ImageMap>>, FetchError> {
+    let Some(image) = &disk.image else { return Ok(None) };
+    shared.store.add_version(&image.appliance, &image.version).await;
+    loop {
+        match ImageMap::load(&shared.store, image.root).await {
+            Ok(map) => {
+                shared.status().waiting = None;
+                return Ok(Some(Arc::new(map)));
+            }
+            Err(error) if error.is_away() => {
+                shared.status().waiting = Some(error.to_string());
+                sleep(Duration::from_millis(500)).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn mount(layout: &Layout, config: &RunConfig, disks: &[Arc<Disk>]) -> Result<Mount, NotStarted> {
+    let guarded = layout.guarded();
+    let prepare = || -> std::io::Result<()> {
+        std::fs::create_dir_all(layout.mount())?;
+        std::fs::set_permissions(&guarded, std::fs::Permissions::from_mode(0o700))?;
+        config.user.map_or(Ok(()), |(uid, gid)| chown(&guarded, Some(uid), Some(gid)))
+    };
+    prepare().map_err(NotStarted::step("cannot prepare the folder of the disks"))?;
+    let file = |(run, disk): (&RunDisk, &Arc<Disk>)| File { name: run.name.to_string(), disk: disk.clone() };
+    let files = config.disks.iter().zip(disks).map(file).collect();
+    Mount::new(&layout.mount(), files, config.user, tokio::runtime::Handle::current())
+        .map_err(NotStarted::step("cannot show the disks to QEMU"))
+}
+
+async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::EventReceiver), NotStarted> {
+    let config = &shared.config;
+    let qemu = vmm::find_qemu().await.map_err(NotStarted::step("cannot find QEMU"))?;
+    let accelerator = if config.force_tcg {
+        vmm::Accelerator::Tcg { why: "this host was told not to use KVM".into() }
+    } else {
+        vmm::detect_accelerator()
+    };
+    shared.status().accelerator = Some(match &accelerator {
+        vmm::Accelerator::Kvm => "kvm".into(),
+        vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
+    });
+    let options = vmm::LaunchOptions {
+        qemu: qemu.path,
+        run_dir: layout.qemu(),
+        accelerator,
+        user: config.user,
+        seccomp: true,
+        parent_death_kill: true,
+        guard: Some(vmm::GuardPolicy::default()),
+    };
+    let machine = describe(layout, config)?;
+    let (vm, events) =
+        vmm::Vm::launch(&machine, options).await.map_err(NotStarted::step("the machine does not start"))?;
+    {
+        let mut status = shared.status();
+        status.phase = Phase::Running;
+        status.qemu_pid = Some(vm.pid());
+        status.started_in_ms = Some(Timestamp::now().since_ms(config.ordered));
+    }
+    forward(&vm, shared).await?;
+    Ok((vm, events))
+}
+
+fn describe(layout: &Layout, config: &RunConfig) -> Result<vmm::Machine, NotStarted> {
+    let firmware = match (config.firmware, &config.uefi_vars) {
+        (Firmware::Bios, _) => vmm::Firmware::Bios,
+        (Firmware::Uefi, Some(vars)) => {
+            let code = OVMF_CODE.iter().map(Path::new).find(|path| path.exists());
+            let code = code.ok_or("no OVMF firmware is installed; install the package ovmf");
+            let code = code.map_err(NotStarted::step("the machine needs UEFI"))?.to_owned();
+            vmm::Firmware::Uefi { code, vars: vars.clone() }
+        }
+        (Firmware::Uefi, None) => {
+            return Err(NotStarted::step("the machine needs UEFI")("the daemon gave no file for its variables"));
+        }
+    };
+    let mut drives: Vec<vmm::Drive> = (0u32..)
+        .zip(&config.disks)
+        .map(|(index, disk)| vmm::Drive {
+            name: disk.name.to_string(),
+            path: layout.mount().join(disk.name.as_str()),
+            read_only: false,
+            boot_index: Some(index),
+        })
+        .collect();
+    drives.push(vmm::Drive { name: "seed".into(), path: config.seed.clone(), read_only: true, boot_index: None });
+    let outbound = if config.outbound { vmm::Outbound::Internet } else { vmm::Outbound::None };
+    Ok(vmm::Machine {
+        name: config.name.to_string(),
+        uuid: config.instance.uuid(),
+        cpus: config.cpus,
+        memory_mib: config.memory_mib,
+        firmware,
+        drives,
+        nics: vec![vmm::Nic { mac: config.instance.mac(0), outbound }],
+        display: if config.display { vmm::Display::Vga } else { vmm::Display::None },
+    })
+}
+
+/// Makes the guest's ports reachable for the health check and the published ports, and begins to probe.
+async fn forward(vm: &vmm::Vm, shared: &Shared) -> Result<(), NotStarted> {
+    let config = &shared.config;
+    let mut ports: Vec<u16> = config.ports.iter().map(|port| port.guest).collect();
+    ports.extend(config.health.iter().map(|check| check.http.port));
+    ports.sort_unstable();
+    ports.dedup();
+    let mut forwards = Vec::new();
+    for port in ports {
+        let at = vm.forward(0, port).await.map_err(NotStarted::step("cannot reach the guest's port"))?;
+        forwards.push((port, at));
+    }
+    if config.open_ports {
+        shared.gate.open(&forwards).map_err(NotStarted::step("cannot open the published ports"))?;
+    }
+    shared.status().forwards = forwards;
+    Ok(())
+}
+
+/// Fetches what the guest did not ask for yet, so that it soon depends on nobody.
+async fn fetch_the_rest(shared: Arc<Shared>, disks: Vec<Arc<Disk>>) {
+    let frames: Vec<_> = disks.iter().filter_map(|disk| disk.image()).flat_map(|image| image.frames()).collect();
+    loop {
+        let missing = frames.iter().filter(|frame| !shared.store.cache().has(frame)).count();
+        shared.status().frames_missing = Some(missing as u64);
+        if missing == 0 {
+            return;
+        }
+        let result = shared.store.prefetch(&frames, &|_| {}).await;
+        if let Err(error) = result {
+            tracing::warn!(%error, "fetching ahead pauses");
+            sleep(Duration::from_secs(3)).await;
+        }
+    }
+}
+
+impl Running {
+    async fn see_to_its_end(mut self, mut inbox: mpsc::Receiver<Order>) -> RunEnd {
+        let config = &self.shared.config;
+        let health = config.health.clone().and_then(|check| {
+            let status = self.shared.status();
+            let (_, at) = *status.forwards.iter().find(|(port, _)| *port == check.http.port)?;
+            Some((check, at))
+        });
+        let prober = health.map(|(check, at)| tokio::spawn(probe::watch(self.shared.clone(), check, at)));
+        let (kind, message) = self.watch(&mut inbox).await;
+        if let Some(prober) = prober {
+            prober.abort();
+        }
+        self.shared.status().phase = Phase::Ended;
+        self.close(kind, message)
+    }
+
+    /// Waits for events and orders until QEMU has ended.
+    async fn watch(&mut self, inbox: &mut mpsc::Receiver<Order>) -> (EndKind, String) {
+        let Self { vm, events, shared, .. } = self;
+        let mut asked = false;
+        let mut forced = false;
+        let mut deadline: Option<Instant> = None;
+        let mut press: Option<Instant> = None;
+        let mut retry: Option<Instant> = None;
+        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
+        let never = || Instant::now() + Duration::from_secs(86_400);
+        let exit = vm.wait();
+        tokio::pin!(exit);
+        let exit = loop {
+            tokio::select! {
+                exit = &mut exit => break exit,
+                Some(event) = events.recv() => retry = note(shared, event, retry),
+                Some(order) = inbox.recv() => {
+                    asked = true;
+                    match order {
+                        Order::Stop { limit_ms } => {
+                            press = Some(Instant::now());
+                            deadline.get_or_insert(Instant::now() + Duration::from_millis(limit_ms));
+                        }
+                        Order::PowerOff => deadline = Some(Instant::now()),
+                    }
+                }
+                // The host shuts down.
+                Some(()) = async { match &mut terminate { Some(signal) => signal.recv().await, None => None } } => {
+                    asked = true;
+                    press = Some(Instant::now());
+                    deadline.get_or_insert(Instant::now() + Duration::from_secs(60));
+                }
+                () = sleep_until(deadline.unwrap_or_else(never)), if deadline.is_some() => {
+                    (forced, deadline, press) = (true, None, None);
+                    vm.kill().await;
+                }
+                () = sleep_until(press.unwrap_or_else(never)), if press.is_some() => {
+                    press = Some(Instant::now() + PRESS_AGAIN);
+                    // A paused guest cannot react.
+                    let _ = vm.cont().await;
+                    if let Err(error) = vm.power_button().await {
+                        tracing::warn!(%error, "the power button does not work");
+                    }
+                }
+                () = sleep_until(retry.unwrap_or_else(never)), if retry.is_some() => {
+                    retry = None;
+                    let _ = vm.cont().await;
+                }
+            }
+        };
+        match exit.reason {
+            _ if forced => (EndKind::Forced, "it did not shut down within the limit; the power was cut".into()),
+            vmm::ExitReason::GuestShutdown if asked => (EndKind::Clean, "it shut itself down".into()),
+            vmm::ExitReason::GuestShutdown => (EndKind::GuestOff, "the guest powered itself off".into()),
+            vmm::ExitReason::Killed => (EndKind::Crashed, "QEMU was told to end by somebody else".into()),
+            vmm::ExitReason::Crashed { stderr_tail } => {
+                let how = match (exit.code, exit.signal) {
+                    (_, Some(signal)) => format!("QEMU was killed by signal {signal}"),
+                    (code, _) => format!("QEMU ended with code {}", code.unwrap_or(-1)),
+                };
+                let tail = stderr_tail.trim();
+                (EndKind::Crashed, if tail.is_empty() { how } else { format!("{how}; it said: {tail}") })
+            }
+        }
+    }
+
+    /// Makes what the guest wrote durable and takes the disks away.
+    fn close(self, kind: EndKind, mut message: String) -> RunEnd {
+        for disk in self.shared.disks().iter() {
+            if let Err(error) = disk.flush() {
+                message = format!("{message}; the last writes could not be made durable: {error}");
+            }
+        }
+        drop(self.vm);
+        if let Err(error) = self.mount.unmount() {
+            tracing::warn!(%error, "the disks cannot be unmounted");
+        }
+        let _ = std::fs::remove_file(self.layout.socket());
+        RunEnd { kind, message, at: Timestamp::now() }
+    }
+}
+
+fn note(shared: &Shared, event: vmm::Event, retry: Option<Instant>) -> Option<Instant> {
+    match event {
+        vmm::Event::BlockError { device, nospace, reason, .. } => {
+            let what = if nospace { "the host's disk is full" } else { "a disk request failed" };
+            shared.status().paused = Some(format!("{what} ({device}: {reason}); free space, the guest goes on by itself"));
+            Some(Instant::now() + RETRY_PAUSED)
+        }
+        vmm::Event::Resumed => {
+            shared.status().paused = None;
+            retry
+        }
+        vmm::Event::Panicked => {
+            tracing::warn!("the guest's kernel panicked");
+            retry
+        }
+        _ => retry,
+    }
+}

@@ -1,0 +1,102 @@
+//! Health, as seen from outside: one HTTP request at a time.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use collective_model::{HealthCheck, HealthState, HttpProbe, Timestamp};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::state::Shared;
+
+/// How much of an answer is kept to be shown.
+const SHOWN: usize = 400;
+/// A healthy instance is unhealthy after this many failed probes in a row.
+const PATIENCE: u32 = 3;
+
+/// Probes for ever, and writes what it finds into the status.
+pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAddr) {
+    let began = Instant::now();
+    let (mut answered, mut failures) = (false, 0);
+    shared.status().health = HealthState::Waiting;
+    loop {
+        let result = tokio::time::timeout(check.timeout.0, probe(at, &check.http)).await;
+        let result = result.unwrap_or_else(|_| Err(format!("no answer within {}", check.timeout)));
+        {
+            let mut status = shared.status();
+            match result {
+                Ok(()) => {
+                    (answered, failures) = (true, 0);
+                    status.health = HealthState::Healthy;
+                    status.probe_output = None;
+                    let ordered = shared.config.ordered;
+                    status.first_answer_ms.get_or_insert_with(|| Timestamp::now().since_ms(ordered));
+                }
+                Err(why) => {
+                    failures += 1;
+                    let (HttpProbe { port, path, .. }, limit) = (&check.http, check.limit);
+                    status.probe_output = Some(format!("GET :{port}{path}: {why}"));
+                    if answered && failures >= PATIENCE || !answered && began.elapsed() > limit.0 {
+                        status.health = HealthState::Unhealthy;
+                    }
+                }
+            }
+        }
+        tokio::time::sleep(check.interval.0).await;
+    }
+}
+
+async fn probe(at: SocketAddr, probe: &HttpProbe) -> Result<(), String> {
+    let answer = request(at, &probe.path).await.map_err(|error| error.to_string())?;
+    let answer = String::from_utf8_lossy(&answer);
+    let status = answer.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)).and_then(|code| code.parse::<u16>().ok());
+    match status {
+        Some(status) if probe.status == status => Ok(()),
+        Some(status) => Err(format!("answered {status} in place of {}: {}", probe.status, shown(&answer))),
+        None if answer.is_empty() => Err("the connection was closed without an answer".into()),
+        None => Err(format!("the answer is not HTTP: {}", shown(&answer))),
+    }
+}
+
+fn shown(answer: &str) -> String {
+    let body = answer.split_once("\r\n\r\n").map_or(answer, |(_, body)| body);
+    body.chars().filter(|c| !c.is_control()).take(SHOWN).collect()
+}
+
+async fn request(at: SocketAddr, path: &str) -> std::io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(at).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: collective\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.take(4096).read_to_end(&mut answer).await?;
+    Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    async fn answered_with(answer: &'static str) -> Result<(), String> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 1024];
+            let _ = stream.read(&mut request).await;
+            let _ = stream.write_all(answer.as_bytes()).await;
+        });
+        probe(at, &HttpProbe { port: 80, path: "/health".into(), status: 200 }).await
+    }
+
+    #[tokio::test]
+    async fn answers() {
+        assert_eq!(answered_with("HTTP/1.1 200 OK\r\n\r\nok").await, Ok(()));
+        let error = answered_with("HTTP/1.1 503 No\r\n\r\ndisk is full").await.unwrap_err();
+        assert!(error.contains("503") && error.contains("disk is full"), "{error}");
+        assert!(answered_with("").await.is_err());
+        assert!(answered_with("SSH-2.0-OpenSSH\r\n").await.unwrap_err().contains("not HTTP"));
+        assert!(answered_with("HTTP/1.").await.is_err());
+    }
+}

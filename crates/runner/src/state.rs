@@ -1,0 +1,86 @@
+//! What the tasks of a runner share: its status, and the orders that come in.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+
+use collective_model::run::{PROTOCOL, Phase, RunConfig, RunStatus};
+use collective_store::fetch::FrameStore;
+use collective_volume::Disk;
+use tokio::sync::mpsc;
+
+use crate::gate::Gate;
+
+/// Why a machine was not started; trying again as it is would not help.
+#[derive(Debug, thiserror::Error)]
+pub enum NotStarted {
+    /// Disks.
+    #[error("disk \"{disk}\" cannot be opened: {why}")]
+    Disk {
+        /// Which.
+        disk: String,
+        /// Why.
+        why: String,
+    },
+    /// Anything else that was attempted.
+    #[error("{attempt}: {why}")]
+    Step {
+        /// What.
+        attempt: &'static str,
+        /// Why.
+        why: String,
+    },
+}
+
+impl NotStarted {
+    pub(crate) fn step<E: std::fmt::Display>(attempt: &'static str) -> impl FnOnce(E) -> Self {
+        move |error| Self::Step { attempt, why: error.to_string() }
+    }
+}
+
+/// What a daemon may order.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Order {
+    Stop { limit_ms: u64 },
+    PowerOff,
+}
+
+/// Shared by all tasks.
+pub(crate) struct Shared {
+    pub config: RunConfig,
+    pub store: Arc<FrameStore>,
+    pub disks: Mutex<Vec<Arc<Disk>>>,
+    pub gate: Gate,
+    pub orders: mpsc::Sender<Order>,
+    status: Mutex<RunStatus>,
+}
+
+impl Shared {
+    pub fn new(config: RunConfig, store: Arc<FrameStore>, gate: Gate, orders: mpsc::Sender<Order>) -> Self {
+        let status = RunStatus { protocol: PROTOCOL, pid: std::process::id(), ..Default::default() };
+        Self { config, store, disks: Mutex::default(), gate, orders, status: Mutex::new(status) }
+    }
+
+    pub fn status(&self) -> MutexGuard<'_, RunStatus> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn disks(&self) -> MutexGuard<'_, Vec<Arc<Disk>>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The status with everything that is counted elsewhere.
+    pub fn snapshot(&self) -> RunStatus {
+        let mut status = self.status().clone();
+        let counters = &self.store.counters;
+        status.bytes_fetched = counters.fetched.load(Ordering::Relaxed);
+        status.index_bytes_fetched = counters.index_fetched.load(Ordering::Relaxed);
+        status.bytes_from_cache = counters.from_cache.load(Ordering::Relaxed);
+        status.waiting = self.store.waiting().or(status.waiting);
+        status.own_bytes = self.disks().iter().map(|disk| disk.own_bytes()).collect();
+        status.ports_open = self.gate.is_open();
+        if status.phase == Phase::Ended {
+            status.ports_open = false;
+        }
+        status
+    }
+}

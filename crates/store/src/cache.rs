@@ -1,0 +1,236 @@
+//! A host's cache: one file per frame, in its stored form, so that the file system is the only shared state.
+//!
+//! The daemon and every runner use the same folder at once and need no lock: a file appears whole, by rename, and a
+//! reader who does not find one fetches it. Nothing is synced here: a file that a power cut left damaged fails its
+//! digest, is removed and fetched again. Whoever needs frames to be durable calls [`Cache::sync`].
+
+use std::collections::HashSet;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use collective_model::Digest;
+
+use crate::{Encoding, decode};
+
+/// `"CLF1"`, encoding, three zeros, u32 length of the content; then the stored bytes.
+const HEADER: usize = 12;
+const MAGIC: &[u8; 4] = b"CLF1";
+/// Use is noted in the file's time at most this often: writing it on every read would cost more than it tells.
+const NOTE_USE_EVERY: Duration = Duration::from_secs(3600);
+
+/// The folder. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+/// A frame taken from the cache.
+pub struct Cached {
+    /// Its content, verified.
+    pub content: Vec<u8>,
+    /// Bytes of its stored form.
+    pub stored: u64,
+}
+
+/// What an eviction did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Eviction {
+    /// Bytes in use before.
+    pub before: u64,
+    /// Bytes removed.
+    pub removed: u64,
+    /// Bytes that pins keep.
+    pub pinned: u64,
+}
+
+impl Cache {
+    /// Opens or creates the cache in `root`.
+    pub fn open(root: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(root.join("frames"))?;
+        std::fs::create_dir_all(root.join("packs"))?;
+        Ok(Self { root: root.to_owned() })
+    }
+
+    fn frame_path(&self, digest: &Digest) -> PathBuf {
+        let name = digest.to_string();
+        self.root.join("frames").join(&name[..2]).join(&name[2..])
+    }
+
+    /// Where the directory of a pack is kept.
+    pub(crate) fn directory_path(&self, pack: &Digest) -> PathBuf {
+        self.root.join("packs").join(pack.to_string())
+    }
+
+    /// Whether a frame is here; it may still turn out to be damaged.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.frame_path(digest).exists()
+    }
+
+    /// The frame, verified, or `None`. A damaged file is removed and reported as missing.
+    pub fn get(&self, digest: &Digest) -> io::Result<Option<Cached>> {
+        let path = self.frame_path(digest);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let Some(content) = parse(digest, &bytes) else {
+            tracing::warn!(frame = %digest, "a cached frame is damaged; it is removed and will be fetched again");
+            std::fs::remove_file(&path)?;
+            return Ok(None);
+        };
+        note_use(&path);
+        Ok(Some(Cached { content, stored: (bytes.len() - HEADER) as u64 }))
+    }
+
+    /// Puts a frame; its content must have been verified.
+    pub fn put(&self, digest: &Digest, encoding: Encoding, stored: &[u8], length: u32) -> io::Result<()> {
+        let path = self.frame_path(digest);
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(MAGIC);
+        header[4] = encoding as u8;
+        header[8..].copy_from_slice(&length.to_le_bytes());
+        write_whole(&path, &[&header, stored])
+    }
+
+    /// Waits until everything in the cache's file system is durable.
+    pub fn sync(&self) -> io::Result<()> {
+        let folder = std::fs::File::open(&self.root)?;
+        rustix::fs::syncfs(&folder).map_err(io::Error::from)
+    }
+
+    /// Bytes that the frames take.
+    pub fn size(&self) -> io::Result<u64> {
+        Ok(self.list()?.iter().map(|file| file.bytes).sum())
+    }
+
+    /// Removes the frames used longest ago until at most `budget` bytes are left, but none of `pinned`.
+    pub fn evict(&self, budget: u64, pinned: &HashSet<Digest>) -> io::Result<Eviction> {
+        let mut files = self.list()?;
+        let mut eviction = Eviction { before: files.iter().map(|file| file.bytes).sum(), ..Default::default() };
+        files.sort_by_key(|file| file.used);
+        let mut size = eviction.before;
+        for file in files {
+            let pinned = file.digest.is_some_and(|digest| pinned.contains(&digest));
+            if pinned {
+                eviction.pinned += file.bytes;
+            } else if size > budget {
+                std::fs::remove_file(&file.path)?;
+                size -= file.bytes;
+                eviction.removed += file.bytes;
+            }
+        }
+        Ok(eviction)
+    }
+
+    fn list(&self) -> io::Result<Vec<FrameFile>> {
+        let mut files = Vec::new();
+        for folder in std::fs::read_dir(self.root.join("frames"))? {
+            let folder = folder?;
+            let prefix = folder.file_name();
+            for entry in std::fs::read_dir(folder.path())? {
+                let entry = entry?;
+                // Another process may remove or rename it right now.
+                let Ok(meta) = entry.metadata() else { continue };
+                let name = format!("{}{}", prefix.to_string_lossy(), entry.file_name().to_string_lossy());
+                files.push(FrameFile {
+                    path: entry.path(),
+                    digest: name.parse().ok(),
+                    bytes: meta.len(),
+                    used: meta.modified().unwrap_or(SystemTime::UNIX_EPOCH),
+                });
+            }
+        }
+        Ok(files)
+    }
+}
+
+struct FrameFile {
+    path: PathBuf,
+    /// None: a part that a killed process left behind.
+    digest: Option<Digest>,
+    bytes: u64,
+    used: SystemTime,
+}
+
+fn parse(digest: &Digest, bytes: &[u8]) -> Option<Vec<u8>> {
+    let (header, stored) = bytes.split_at_checked(HEADER)?;
+    let length = u32::from_le_bytes(header[8..].try_into().ok()?) as usize;
+    let encoding = Encoding::try_from(header[4]).ok()?;
+    if &header[..4] != MAGIC {
+        return None;
+    }
+    decode(digest, encoding, stored, length).ok()
+}
+
+fn note_use(path: &Path) {
+    let Ok(file) = std::fs::File::open(path) else { return };
+    let noted = file.metadata().and_then(|meta| meta.modified());
+    if noted.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > NOTE_USE_EVERY)) {
+        // Only a hint for eviction.
+        let _ = file.set_modified(SystemTime::now());
+    }
+}
+
+/// Writes a file so that it is either absent or whole in the eyes of every other process.
+pub(crate) fn write_whole(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder)?;
+    let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
+    let part = folder.join(format!(".part-{}-{unique}", std::process::id()));
+    let written = (|| {
+        let mut file = std::fs::File::create(&part)?;
+        parts.iter().try_for_each(|bytes| file.write_all(bytes))?;
+        std::fs::rename(&part, path)
+    })();
+    if written.is_err() {
+        let _ = std::fs::remove_file(&part);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::encode;
+
+    fn put(cache: &Cache, content: &[u8]) -> Digest {
+        let digest = Digest::of(content);
+        let (encoding, stored) = encode(content);
+        cache.put(&digest, encoding, &stored, content.len() as u32).unwrap();
+        digest
+    }
+
+    #[test]
+    fn damaged_files_are_misses() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path()).unwrap();
+        let digest = put(&cache, b"content");
+        assert_eq!(cache.get(&digest).unwrap().unwrap().content, b"content");
+        for damage in [vec![], vec![0; 5], vec![0; 40], b"CLF1\x01\0\0\0\x07\0\0\0xxxx".to_vec()] {
+            put(&cache, b"content");
+            std::fs::write(cache.frame_path(&digest), damage).unwrap();
+            assert!(cache.get(&digest).unwrap().is_none());
+            assert!(!cache.has(&digest), "removed, so that it is fetched again");
+        }
+    }
+
+    #[test]
+    fn eviction_keeps_pins_and_the_recently_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path()).unwrap();
+        let digests: Vec<Digest> = (0..10u8).map(|i| put(&cache, &[i; 100])).collect();
+        for (age, digest) in digests.iter().enumerate() {
+            let file = std::fs::File::open(cache.frame_path(digest)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(100 - age as u64)).unwrap();
+        }
+        let one = cache.size().unwrap() / 10;
+        let eviction = cache.evict(3 * one, &HashSet::from([digests[0]])).unwrap();
+        assert_eq!(eviction.pinned, one);
+        let left: Vec<usize> = (0..10).filter(|i| cache.has(&digests[*i])).collect();
+        assert_eq!(left, [0, 8, 9]);
+    }
+}

@@ -1,0 +1,30 @@
+//! Whole machines as content-addressed images: cut, hashed, packed, published, fetched, verified.
+//!
+//! An **image** is an address space of 4 KiB [`BLOCK`]s. Blocks that are not zero lie in **frames** of up to 32
+//! blocks, each named by the BLAKE3 of its content. A tree of **pages** says which blocks lie where; it is
+//! content-addressed too, and its root page names the image. Frames and pages travel in **packs**, immutable
+//! objects that any store can serve by range. `docs/formats/` has every byte.
+//!
+//! The maker's side is [`publish`], the plane's is [`depot`], the host's is [`fetch`] over its [`cache`].
+
+#![forbid(unsafe_code)]
+
+pub mod cache;
+pub mod depot;
+pub mod fetch;
+mod frame;
+pub mod image;
+pub mod pack;
+pub mod page;
+pub mod publish;
+mod source;
+
+pub use frame::{Encoding, FrameError, decode, encode};
+pub use source::{PackInfo, Source, SourceError};
+
+/// The unit of identity, in bytes.
+pub const BLOCK: u64 = 4096;
+/// A frame holds at most this many blocks (128 KiB).
+pub const FRAME_BLOCKS: usize = 32;
+/// No page is longer than this, in bytes.
+pub const MAX_PAGE_BYTES: usize = 1 << 20;

@@ -1,0 +1,261 @@
+//! A disk: an image under a chain of layers.
+
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::Arc;
+
+use collective_store::BLOCK;
+use collective_store::fetch::{FetchError, FrameStore};
+use collective_store::image::{ImageMap, Run};
+
+use crate::layer::{Layer, LayerError};
+
+/// A chain has at most this many layers.
+pub const MAX_LAYERS: usize = 255;
+
+/// Why a disk cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// One of its layers.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// The chain cannot take writes, or has too many layers.
+    #[error("a disk needs 1 to {MAX_LAYERS} layers, and this one has {0}")]
+    Layers(usize),
+}
+
+/// A disk, open. Reads run side by side; writes to blocks that the top layer holds do as well.
+pub struct Disk {
+    size: u64,
+    image: Option<Arc<ImageMap>>,
+    store: Arc<FrameStore>,
+    layers: Vec<Layer>,
+    /// For each block the number of layers up to and with the one that holds it; 0: the image.
+    owner: Vec<AtomicU8>,
+    /// Blocks with an owner other than the image.
+    own: AtomicU64,
+    /// Held while a block's old content is fetched to be merged with a partial write.
+    merging: tokio::sync::Mutex<()>,
+}
+
+/// Part of a read: all from one place.
+enum Piece {
+    Zeros,
+    Layer(usize),
+    Frame { digest: collective_model::Digest, length: u32, from: usize },
+}
+
+fn unreadable(error: &FetchError) -> io::Error {
+    tracing::error!(%error, "a guest's read fails");
+    io::Error::other(error.to_string())
+}
+
+impl Disk {
+    /// Opens a disk of `size` bytes: `image` under `layers`, oldest first; the last one takes the writes.
+    pub fn open(
+        size: u64,
+        image: Option<Arc<ImageMap>>,
+        store: Arc<FrameStore>,
+        layers: &[PathBuf],
+    ) -> Result<Self, DiskError> {
+        if layers.is_empty() || layers.len() > MAX_LAYERS {
+            return Err(DiskError::Layers(layers.len()));
+        }
+        let last = layers.len() - 1;
+        let open = |(i, path): (usize, &PathBuf)| Layer::open(path, size, i == last);
+        let layers = layers.iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
+        let owner: Vec<AtomicU8> = (0..size.div_ceil(BLOCK)).map(|_| AtomicU8::new(0)).collect();
+        let mut own = 0;
+        for (i, layer) in layers.iter().enumerate() {
+            for block in layer.held() {
+                let Some(slot) = owner.get(block as usize) else { continue };
+                own += u64::from(slot.swap(i as u8 + 1, Ordering::Relaxed) == 0);
+            }
+        }
+        Ok(Self { size, image, store, layers, owner, own: AtomicU64::new(own), merging: Default::default() })
+    }
+
+    /// In bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes in which it differs from its image.
+    pub fn own_bytes(&self) -> u64 {
+        self.own.load(Ordering::Relaxed) * BLOCK
+    }
+
+    /// The image's data frames.
+    pub fn image(&self) -> Option<&Arc<ImageMap>> {
+        self.image.as_ref()
+    }
+
+    fn top(&self) -> u8 {
+        self.layers.len() as u8
+    }
+
+    fn owner(&self, block: u64) -> u8 {
+        self.owner[block as usize].load(Ordering::Acquire)
+    }
+
+    /// Where the bytes at `offset` come from, and how many of the next `length` come from there.
+    fn piece_at(&self, offset: u64, length: usize) -> (Piece, usize) {
+        let (block, within) = (offset / BLOCK, offset % BLOCK);
+        let owner = self.owner(block);
+        let blocks = (within + length as u64).div_ceil(BLOCK);
+        let alike = (1..blocks).find(|i| self.owner(block + i) != owner).unwrap_or(blocks);
+        let (piece, run) = match (owner, &self.image) {
+            (0, None) => (Piece::Zeros, alike),
+            (0, Some(image)) => match image.run_at(block) {
+                Run::Zeros(run) => (Piece::Zeros, run.min(alike)),
+                Run::Frame { digest, length, offset, blocks } => {
+                    let from = usize::from(offset) * BLOCK as usize + within as usize;
+                    (Piece::Frame { digest, length, from }, blocks.min(alike))
+                }
+            },
+            (layer, _) => (Piece::Layer(usize::from(layer) - 1), alike),
+        };
+        (piece, ((run * BLOCK - within) as usize).min(length))
+    }
+
+    fn clamp(&self, offset: u64, length: usize) -> usize {
+        length.min(self.size.saturating_sub(offset) as usize)
+    }
+
+    /// Reads without waiting for the network; `None` where that is not possible. Short at the end of the disk.
+    pub fn try_read(&self, offset: u64, length: usize) -> io::Result<Option<Vec<u8>>> {
+        let mut out = vec![0; self.clamp(offset, length)];
+        let mut done = 0;
+        while done < out.len() {
+            let at = offset + done as u64;
+            let (piece, count) = self.piece_at(at, out.len() - done);
+            let part = &mut out[done..done + count];
+            match piece {
+                Piece::Zeros => {}
+                Piece::Layer(layer) => self.layers[layer].read(at, part)?,
+                Piece::Frame { digest, length, from } => {
+                    match self.store.at_hand(&digest, length).map_err(|e| unreadable(&e))? {
+                        Some(frame) => copy(&frame, from, part)?,
+                        None => return Ok(None),
+                    }
+                }
+            }
+            done += count;
+        }
+        Ok(Some(out))
+    }
+
+    /// Reads, fetching what is missing and waiting for a store that is away.
+    pub async fn read(&self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+        let mut out = vec![0; self.clamp(offset, length)];
+        let mut done = 0;
+        while done < out.len() {
+            let at = offset + done as u64;
+            let (piece, count) = self.piece_at(at, out.len() - done);
+            let part = &mut out[done..done + count];
+            match piece {
+                Piece::Zeros => {}
+                Piece::Layer(layer) => self.layers[layer].read(at, part)?,
+                Piece::Frame { digest, length, from } => {
+                    let frame = self.store.frame_patiently(&digest, length).await.map_err(|e| unreadable(&e))?;
+                    copy(&frame, from, part)?;
+                }
+            }
+            done += count;
+        }
+        Ok(out)
+    }
+
+    fn check(&self, offset: u64, length: u64) -> io::Result<()> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk")),
+        }
+    }
+
+    /// Writes without waiting for the network; false where old content has to be fetched first.
+    pub fn try_write(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
+        self.check(offset, data.len() as u64)?;
+        if self.partial_blocks(offset, data.len() as u64).iter().any(|block| self.owner(*block) != self.top()) {
+            return Ok(false);
+        }
+        self.put(offset, data)?;
+        Ok(true)
+    }
+
+    /// Writes, fetching the rest of blocks that are written in part.
+    pub async fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.check(offset, data.len() as u64)?;
+        for block in self.partial_blocks(offset, data.len() as u64) {
+            self.own_block(block).await?;
+        }
+        self.put(offset, data)
+    }
+
+    /// Blocks that a write touches but does not cover; the disk's last block may be shorter.
+    fn partial_blocks(&self, offset: u64, length: u64) -> Vec<u64> {
+        let end = offset + length;
+        let mut partial = Vec::new();
+        if length > 0 && !offset.is_multiple_of(BLOCK) {
+            partial.push(offset / BLOCK);
+        }
+        if length > 0 && !end.is_multiple_of(BLOCK) && end != self.size && partial.last() != Some(&(end / BLOCK)) {
+            partial.push(end / BLOCK);
+        }
+        partial
+    }
+
+    /// Copies a block into the top layer, so that parts of it can be written there.
+    async fn own_block(&self, block: u64) -> io::Result<()> {
+        let _merging = self.merging.lock().await;
+        if self.owner(block) == self.top() {
+            return Ok(());
+        }
+        let old = self.read(block * BLOCK, BLOCK as usize).await?;
+        self.put(block * BLOCK, &old)
+    }
+
+    fn top_layer(&self) -> &Layer {
+        &self.layers[self.layers.len() - 1]
+    }
+
+    fn put(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.top_layer().write(offset, data)?;
+        self.take(offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK));
+        Ok(())
+    }
+
+    fn take(&self, blocks: Range<u64>) {
+        for block in blocks {
+            let before = self.owner[block as usize].swap(self.top(), Ordering::AcqRel);
+            self.own.fetch_add(u64::from(before == 0), Ordering::Relaxed);
+        }
+    }
+
+    /// Makes a range zeros; whole blocks of it give their space back.
+    pub async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.check(offset, length)?;
+        let end = offset + length;
+        let (first, last) = (offset.div_ceil(BLOCK), end / BLOCK);
+        if first >= last {
+            return self.write(offset, &vec![0; length as usize]).await;
+        }
+        self.write(offset, &vec![0; (first * BLOCK - offset) as usize]).await?;
+        self.top_layer().discard(first, last - first)?;
+        self.take(first..last);
+        self.write(last * BLOCK, &vec![0; (end - last * BLOCK) as usize]).await
+    }
+
+    /// Makes everything written so far durable.
+    pub fn flush(&self) -> io::Result<()> {
+        self.top_layer().flush()
+    }
+}
+
+fn copy(frame: &[u8], from: usize, part: &mut [u8]) -> io::Result<()> {
+    let found = frame.get(from..from + part.len());
+    part.copy_from_slice(found.ok_or_else(|| io::Error::other("an extent reaches beyond its frame"))?);
+    Ok(())
+}

@@ -1,0 +1,14 @@
+//! Bytes on demand: a machine's disks as plain files, each an image of the store under private copy-on-write layers.
+//!
+//! A [`Disk`] is a base image (or zeros) and a chain of [`Layer`]s; the last layer takes the writes. Freezing the
+//! chain and going on with a new layer is a checkpoint, and costs nothing. [`Mount`] shows disks through FUSE.
+
+#![forbid(unsafe_code)]
+
+mod disk;
+mod layer;
+mod mount;
+
+pub use disk::{Disk, DiskError, MAX_LAYERS};
+pub use layer::{Layer, LayerError};
+pub use mount::{File, Mount, MountError};

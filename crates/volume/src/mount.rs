@@ -1,0 +1,248 @@
+//! Disks as files, through FUSE. Reads that need the network are answered later, out of order; all others at once.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use fuser::{
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
+};
+use tokio::runtime::Handle;
+
+use crate::Disk;
+
+/// Attributes never change while mounted.
+const TTL: Duration = Duration::from_secs(3600);
+const PUNCH_HOLE: i32 = 0x02;
+const ZERO_RANGE: i32 = 0x10;
+const KEEP_SIZE: i32 = 0x01;
+
+/// A disk and the name of its file.
+pub struct File {
+    /// The file's name.
+    pub name: String,
+    /// What is in it.
+    pub disk: Arc<Disk>,
+}
+
+/// Why disks cannot be shown.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot mount the instance's disks at {}: {source}; check that /dev/fuse exists and, for an ordinary user, \
+     that fusermount3 (package fuse3) is installed", path.display()
+)]
+pub struct MountError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The files, for as long as this value lives.
+pub struct Mount {
+    session: Option<BackgroundSession>,
+}
+
+impl Mount {
+    /// Mounts at the empty folder `path`. `owner` (user and group) may open the files; where it is another user than
+    /// ours, only root can mount, and the folder above `path` has to keep everybody else out.
+    pub fn new(path: &Path, files: Vec<File>, owner: Option<(u32, u32)>, runtime: Handle) -> Result<Self, MountError> {
+        let mut config = Config::default();
+        config.mount_options = vec![MountOption::FSName("collective".into()), MountOption::NoSuid, MountOption::NoDev];
+        config.acl = if owner.is_some() { SessionACL::All } else { SessionACL::Owner };
+        config.n_threads = Some(2);
+        let ours = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let disks = Disks { files, owner: owner.unwrap_or(ours), runtime };
+        let session = Session::new(disks, path, &config).and_then(Session::spawn);
+        let session = session.map_err(|source| MountError { path: path.to_owned(), source })?;
+        Ok(Self { session: Some(session) })
+    }
+
+    /// Unmounts and waits until it is done. Nothing may have a file open any more.
+    pub fn unmount(mut self) -> io::Result<()> {
+        self.session.take().map_or(Ok(()), BackgroundSession::umount_and_join)
+    }
+}
+
+struct Disks {
+    files: Vec<File>,
+    owner: (u32, u32),
+    runtime: Handle,
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_i32(error.raw_os_error().unwrap_or(rustix::io::Errno::IO.raw_os_error()))
+}
+
+impl Disks {
+    fn disk(&self, ino: INodeNo) -> Option<&Arc<Disk>> {
+        let index = u64::from(ino).checked_sub(2)?;
+        self.files.get(index as usize).map(|file| &file.disk)
+    }
+
+    fn attr(&self, ino: u64) -> Option<FileAttr> {
+        let (kind, perm, size) = match ino {
+            1 => (FileType::Directory, 0o500, 0),
+            _ => (FileType::RegularFile, 0o600, self.disk(INodeNo(ino))?.size()),
+        };
+        Some(FileAttr {
+            ino: INodeNo(ino),
+            size,
+            blocks: size / 512,
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH,
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind,
+            perm,
+            nlink: 1,
+            uid: self.owner.0,
+            gid: self.owner.1,
+            rdev: 0,
+            flags: 0,
+            blksize: 4096,
+        })
+    }
+}
+
+impl Filesystem for Disks {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Larger requests, and more of them at once; each is only an upper bound.
+        let _ = config.set_max_write(1 << 20);
+        let _ = config.set_max_background(64);
+        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let index = self.files.iter().position(|file| name == file.name.as_str());
+        let attr = index.filter(|_| u64::from(parent) == 1).and_then(|i| self.attr(i as u64 + 2));
+        match attr {
+            Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.attr(ino.into()) {
+            Some(attr) => reply.attr(&TTL, &attr),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        match self.disk(ino) {
+            // All changes come through this mount, so what the kernel has cached stays right.
+            Some(_) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let Some(disk) = self.disk(ino) else { return reply.error(Errno::ENOENT) };
+        match disk.try_read(offset, size as usize) {
+            Ok(Some(bytes)) => reply.data(&bytes),
+            Err(error) => reply.error(errno(&error)),
+            Ok(None) => {
+                let disk = disk.clone();
+                self.runtime.spawn(async move {
+                    match disk.read(offset, size as usize).await {
+                        Ok(bytes) => reply.data(&bytes),
+                        Err(error) => reply.error(errno(&error)),
+                    }
+                });
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let Some(disk) = self.disk(ino) else { return reply.error(Errno::ENOENT) };
+        match disk.try_write(offset, data) {
+            Ok(true) => reply.written(data.len() as u32),
+            Err(error) => reply.error(errno(&error)),
+            Ok(false) => {
+                let (disk, data) = (disk.clone(), data.to_vec());
+                self.runtime.spawn(async move {
+                    match disk.write(offset, &data).await {
+                        Ok(()) => reply.written(data.len() as u32),
+                        Err(error) => reply.error(errno(&error)),
+                    }
+                });
+            }
+        }
+    }
+
+    fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let Some(disk) = self.disk(ino).cloned() else { return reply.error(Errno::ENOENT) };
+        self.runtime.spawn_blocking(move || match disk.flush() {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // Called when a descriptor is closed; durability is asked for by fsync.
+        reply.ok();
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let Some(disk) = self.disk(ino).cloned() else { return reply.error(Errno::ENOENT) };
+        if mode & !KEEP_SIZE != PUNCH_HOLE && mode & !KEEP_SIZE != ZERO_RANGE {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
+        let length = length.min(disk.size().saturating_sub(offset));
+        self.runtime.spawn(async move {
+            match disk.zero(offset, length).await {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        if u64::from(ino) != 1 {
+            return reply.error(Errno::ENOTDIR);
+        }
+        let dots = [(1, FileType::Directory, "."), (1, FileType::Directory, "..")].into_iter();
+        let files = self.files.iter().enumerate();
+        let files = files.map(|(i, file)| (i as u64 + 2, FileType::RegularFile, file.name.as_str()));
+        for (i, (ino, kind, name)) in dots.chain(files).enumerate().skip(offset as usize) {
+            if reply.add(INodeNo(ino), i as u64 + 1, kind, name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+}
