@@ -71,6 +71,9 @@ pub struct RunDisk {
     pub image: Option<RunImage>,
     /// Copy-on-write layers over it, oldest first; the last one takes the writes.
     pub layers: Vec<PathBuf>,
+    /// Whether the last layer may be missing, and is then created.
+    #[serde(default)]
+    pub create_top: bool,
 }
 
 /// An image and where its frames are.

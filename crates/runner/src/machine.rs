@@ -11,7 +11,7 @@ use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::ImageMap;
 use collective_vmm as vmm;
-use collective_volume::{Disk, File, Mount};
+use collective_volume::{Disk, File, Layer, Mount};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -77,6 +77,9 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
     let mut disks = Vec::new();
     for disk in &shared.config.disks {
         let wrong = |why: String| NotStarted::Disk { disk: disk.name.to_string(), why };
+        if let Some(top) = disk.layers.last().filter(|top| disk.create_top && !top.exists()) {
+            Layer::create(top, disk.size).map_err(|e| wrong(e.to_string()))?;
+        }
         let image = load_image(shared, disk).await.map_err(|e| wrong(e.to_string()))?;
         let opened = Disk::open(disk.size, image, shared.store.clone(), &disk.layers);
         disks.push(Arc::new(opened.map_err(|e| wrong(e.to_string()))?));

@@ -74,11 +74,15 @@ pub(crate) fn map_path(data: &Path) -> PathBuf {
 }
 
 impl Layer {
-    /// Creates an empty layer for a disk of `size` bytes; the files must not exist. Durable when it returns.
+    /// Creates an empty layer for a disk of `size` bytes; there must be no data file. Durable when it returns.
     pub fn create(path: &Path, size: u64) -> Result<(), LayerError> {
         let error = |source| LayerError::Io { attempt: "create", path: path.to_owned(), source };
         let make = |path: &Path| OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
         let bits = size.div_ceil(BLOCK).div_ceil(8);
+        // The data file comes last: a map without one is what a crash right here left behind.
+        if !path.exists() {
+            let _ = std::fs::remove_file(map_path(path));
+        }
         let map = make(&map_path(path)).map_err(error)?;
         map.write_all_at(MAGIC, 0).map_err(error)?;
         map.write_all_at(&size.to_le_bytes(), 8).map_err(error)?;

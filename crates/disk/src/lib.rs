@@ -1,0 +1,25 @@
+//! What lies on a raw disk.
+//!
+//! A published image need not carry what its file systems do not use, and more than half of the blocks that change
+//! in a security update are such (the measurement is why this crate exists). [`unused`] finds them by reading the
+//! partition table and ext2/3/4's own block bitmaps, and the contents of an empty journal.
+//!
+//! The rule throughout is: *any doubt means used*. A file system that was not cleanly unmounted, whose checksums or
+//! counts do not agree, or that has a feature not known here gives no unused ranges and a note that says why.
+//! Nothing here writes, allocates by numbers read from the disk without a bound, or trusts an offset.
+
+#![forbid(unsafe_code)]
+// Lists of ranges are what this crate is about, and some have one element.
+#![allow(clippy::single_range_in_vec_init)]
+
+mod checksum;
+mod ext4;
+mod gpt;
+mod mbr;
+mod ranges;
+mod read;
+mod signature;
+mod survey;
+
+pub use read::ReadAt;
+pub use survey::{BLOCK, DiskError, Found, Survey, unused};

@@ -1,0 +1,91 @@
+//! Real images with random damage: never a panic, never a long time, never a range outside of the disk.
+
+mod common;
+
+use std::fs;
+use std::sync::OnceLock;
+
+use collective_disk::{BLOCK, ReadAt, Survey, unused};
+use common::make_image;
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+/// Small images of several kinds; those without checksums let damage through to the parsers behind them.
+fn images() -> &'static [Vec<u8>] {
+    static IMAGES: OnceLock<Vec<Vec<u8>>> = OnceLock::new();
+    IMAGES.get_or_init(|| {
+        let kinds: [&[&str]; 4] = [
+            &["-t", "ext4", "-b", "1024"],
+            &["-t", "ext4", "-b", "1024", "-O", "^metadata_csum,^uninit_bg"],
+            &["-t", "ext3", "-b", "1024"],
+            &["-t", "ext4", "-O", "^metadata_csum,^uninit_bg,meta_bg,^resize_inode", "-g", "256"],
+        ];
+        kinds
+            .into_iter()
+            .map(|options| {
+                let temp = tempfile::tempdir().unwrap();
+                fs::read(make_image(temp.path(), 8, options)).unwrap()
+            })
+            .collect()
+    })
+}
+
+fn check(survey: &Survey, disk: &[u8]) {
+    assert!(survey.unused.iter().all(|range| range.start < range.end && range.end <= disk.size()));
+    assert!(survey.unused.iter().all(|range| range.start % BLOCK == 0 && range.end % BLOCK == 0));
+    assert!(survey.unused.windows(2).all(|pair| pair[0].end < pair[1].start));
+}
+
+/// Places that matter: superblock, descriptors, bitmaps, inodes and the journal's head are all in front.
+fn places() -> impl Strategy<Value = usize> {
+    prop_oneof![4 => 1024usize..2048, 3 => 2048usize..16384, 2 => 0usize..(300 << 10), 1 => 0usize..(8 << 20)]
+}
+
+fn values() -> impl Strategy<Value = u8> {
+    prop_oneof![Just(0u8), Just(0xffu8), any::<u8>()]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn damaged_file_systems(kind in 0usize..4, damage in vec((places(), values()), 1..6)) {
+        let mut disk = images()[kind].clone();
+        for (place, value) in damage {
+            disk[place] = value;
+        }
+        check(&unused(&disk).unwrap(), &disk);
+    }
+
+    #[test]
+    fn damaged_words_of_the_superblock(kind in 1usize..4, word in 0usize..256, value in any::<u32>(), shift in 0u32..32) {
+        let mut disk = images()[kind].clone();
+        disk[1024 + 4 * word..1028 + 4 * word].copy_from_slice(&(value >> shift).to_le_bytes());
+        check(&unused(&disk).unwrap(), &disk);
+    }
+
+    #[test]
+    fn damaged_journal_inodes(kind in 1usize..4, damage in vec((0usize..128, values()), 1..8)) {
+        let mut disk = images()[kind].clone();
+        // The inode's own signature: a regular file without a name, whose map begins at a fixed place.
+        let table = 8 << 10;
+        let found = (table..300 << 10).step_by(128).find(|at| disk[*at..at + 2] == [0x80, 0x81] && disk[at + 0x1a] == 1);
+        if let Some(at) = found {
+            for (place, value) in damage {
+                disk[at + place] = value;
+            }
+        }
+        check(&unused(&disk).unwrap(), &disk);
+    }
+
+    #[test]
+    fn random_tables(entries in vec((0usize..512, values()), 0..40), rest in vec((512usize..8192, values()), 0..40)) {
+        let mut disk = vec![0; 64 << 10];
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        disk[512..520].copy_from_slice(b"EFI PART");
+        for (place, value) in entries.into_iter().chain(rest) {
+            disk[place] = value;
+        }
+        check(&unused(&disk).unwrap(), &disk);
+    }
+}

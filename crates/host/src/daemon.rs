@@ -1,0 +1,255 @@
+//! The daemon itself: orders come in, reports go out, the cache is kept within its budget.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use collective_api::{Client, ClientError, HostFacts, HostOrders, HostReport, PlaneStore};
+use collective_model::{InstanceId, OperationId, Spec};
+use collective_store::cache::Cache;
+use collective_store::image::ImageMap;
+use tokio::sync::mpsc;
+
+use crate::HostConfig;
+use crate::context::{Context, lock};
+use crate::files::{create_folder, read_json};
+use crate::instance::{Command, Instance, record_path};
+use crate::record::Record;
+
+/// A report goes out at least this often, so that the plane knows that the host is there.
+const REPORT_EVERY: Duration = Duration::from_secs(5);
+/// How long one request for orders may wait at the plane.
+const ORDERS_WAIT_MS: u64 = 10_000;
+/// Pause after the plane did not answer.
+const AWAY_PAUSE: Duration = Duration::from_secs(1);
+/// How often the cache is looked at.
+const CACHE_EVERY: Duration = Duration::from_secs(30);
+/// Sockets below the data folder must stay within the kernel's 107 bytes.
+const MAX_DATA_PATH: usize = 60;
+
+/// Why a host does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// Its folder cannot be used.
+    #[error("cannot use the host's folder {}: {source}", path.display())]
+    Folder {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Its path is too long for the sockets in it.
+    #[error("the path of the host's folder {} is longer than {MAX_DATA_PATH} bytes, too long for the sockets in it; choose a shorter --data", .0.display())]
+    LongPath(std::path::PathBuf),
+    /// Another daemon uses it.
+    #[error("another host daemon uses {} already; stop it first", .0.display())]
+    InUse(std::path::PathBuf),
+}
+
+/// Runs until the future is dropped. Guests go on.
+pub async fn run(config: HostConfig, client: Arc<Client>) -> Result<(), HostError> {
+    let data = config.data.clone();
+    let folder = |source| HostError::Folder { path: data.clone(), source };
+    if data.as_os_str().len() > MAX_DATA_PATH {
+        return Err(HostError::LongPath(data));
+    }
+    // Others may pass through to the folder of their machine, and see nothing on the way.
+    for (name, mode) in [("", 0o711), ("run", 0o711), ("instances", 0o700), ("cache", 0o700)] {
+        create_folder(&data.join(name), mode).map_err(folder)?;
+    }
+    let lock_file = std::fs::File::create(data.join("lock")).map_err(folder)?;
+    lock_file.try_lock().map_err(|_| HostError::InUse(data.clone()))?;
+    let cache = Cache::open(&data.join("cache")).map_err(folder)?;
+    let store = Arc::new(PlaneStore::new(client.clone(), &data.join("versions")));
+    let context = Arc::new(Context::new(config, store, cache).map_err(folder)?);
+    let mut daemon = Daemon { context: context.clone(), client: client.clone(), instances: HashMap::new(), next_user: 0 };
+    daemon.take_up_instances().map_err(folder)?;
+    tokio::join!(daemon.follow_orders(), report(&context, &client), keep_cache(&context));
+    drop(lock_file);
+    Ok(())
+}
+
+struct Daemon {
+    context: Arc<Context>,
+    client: Arc<Client>,
+    instances: HashMap<InstanceId, Known>,
+    next_user: u32,
+}
+
+struct Known {
+    inbox: mpsc::Sender<Command>,
+    spec: Option<Spec>,
+    told: HashSet<OperationId>,
+}
+
+impl Daemon {
+    /// Instances of earlier runs of the daemon go on without the plane.
+    fn take_up_instances(&mut self) -> std::io::Result<()> {
+        for entry in std::fs::read_dir(self.context.config.data.join("instances"))? {
+            let folder = entry?.path();
+            match read_json::<Record>(&record_path(&folder)) {
+                Ok(Some(record)) => {
+                    self.next_user = self.next_user.max(record.user_index + 1);
+                    let id = record.spec.id.clone();
+                    self.spawn(&id, None)?;
+                }
+                Ok(None) => tracing::warn!(folder = %folder.display(), "a folder without an instance is left alone"),
+                Err(error) => tracing::error!(%error, "an instance is left alone, because its record is damaged"),
+            }
+        }
+        Ok(())
+    }
+
+    fn spawn(&mut self, id: &InstanceId, spec: Option<Spec>) -> std::io::Result<()> {
+        let data = &self.context.config.data;
+        let folder = data.join("instances").join(id.as_str());
+        let run_dir = data.join("run").join(&id.as_str()[..16]);
+        let (inbox, commands) = mpsc::channel(64);
+        let index = self.next_user;
+        let new = || spec.map(|spec| Record::new(spec, index));
+        if let Some(instance) = Instance::open(self.context.clone(), folder, run_dir, new, commands)? {
+            self.next_user = self.next_user.max(index + 1);
+            instance.note_images();
+            tokio::spawn(instance.run());
+            self.instances.insert(id.clone(), Known { inbox, spec: None, told: HashSet::new() });
+        }
+        Ok(())
+    }
+
+    async fn follow_orders(&mut self) {
+        let mut seen = 0;
+        let mut was_away = false;
+        loop {
+            let path = format!("/v1/hosts/self/orders?seen={seen}&wait_ms={ORDERS_WAIT_MS}");
+            match self.client.get::<HostOrders>(&path).await {
+                Ok(orders) => {
+                    if std::mem::take(&mut was_away) {
+                        tracing::info!("the plane is back");
+                    }
+                    seen = orders.revision;
+                    self.take_orders(orders).await;
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut was_away, true) {
+                        tracing::warn!(%error, "the plane gives no orders; instances go on");
+                    }
+                    tokio::time::sleep(AWAY_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn take_orders(&mut self, orders: HostOrders) {
+        for spec in orders.specs {
+            let id = spec.id.clone();
+            if self.instances.get(&id).is_some_and(|known| known.inbox.is_closed()) {
+                // Deleted here; the plane will notice.
+                continue;
+            }
+            if !self.instances.contains_key(&id)
+                && let Err(error) = self.spawn(&id, Some(spec.clone()))
+            {
+                tracing::error!(%error, instance = %spec.name, "the instance cannot be created; it is tried again");
+                continue;
+            }
+            let Some(known) = self.instances.get_mut(&id) else { continue };
+            if known.spec.as_ref() != Some(&spec) {
+                known.spec = Some(spec.clone());
+                let _ = known.inbox.send(Command::Spec(Box::new(spec))).await;
+            }
+        }
+        for operation in orders.operations {
+            let Some(known) = self.instances.get_mut(&operation.instance) else { continue };
+            if known.told.insert(operation.id.clone()) {
+                let _ = known.inbox.send(Command::Operate(operation)).await;
+            }
+        }
+    }
+}
+
+async fn report(context: &Context, client: &Client) {
+    let mut unheard = false;
+    loop {
+        let waited = tokio::time::timeout(REPORT_EVERY, context.outbox.filled.notified());
+        let _ = waited.await;
+        let report = HostReport {
+            facts: facts(context),
+            observed: lock(&context.outbox.observed).values().cloned().collect(),
+            operations: lock(&context.outbox.operations).clone().into_iter().collect(),
+            events: lock(&context.outbox.events).clone(),
+        };
+        let sent: Result<(), ClientError> = client.post("/v1/hosts/self/report", &report).await;
+        match sent {
+            Ok(()) => {
+                unheard = false;
+                let mut operations = lock(&context.outbox.operations);
+                for (id, state) in &report.operations {
+                    if operations.get(id) == Some(state) {
+                        operations.remove(id);
+                    }
+                }
+                lock(&context.outbox.events).drain(..report.events.len());
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut unheard, true) {
+                    tracing::warn!(%error, "the plane does not take reports; they wait");
+                }
+                tokio::time::sleep(AWAY_PAUSE).await;
+                context.outbox.filled.notify_one();
+            }
+        }
+        // Changes come in bursts; users do not see the difference.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn facts(context: &Context) -> HostFacts {
+    let config = &context.config;
+    HostFacts {
+        version: env!("CARGO_PKG_VERSION").into(),
+        cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
+        memory: crate::instance::total_memory().unwrap_or(0),
+        accelerator: config.accelerator.clone(),
+        root: rustix::process::geteuid().is_root(),
+        cache_bytes: *lock(&context.cache_bytes),
+        warnings: config.warnings.clone(),
+    }
+}
+
+/// Keeps the cache within its budget, but for the frames of images that instances use.
+async fn keep_cache(context: &Context) {
+    loop {
+        if let Err(error) = evict(context).await {
+            tracing::warn!(error, "the cache cannot be kept within its budget; it is tried again");
+        }
+        tokio::time::sleep(CACHE_EVERY).await;
+    }
+}
+
+async fn evict(context: &Context) -> Result<(), String> {
+    let size = context.cache.size().map_err(|e| e.to_string())?;
+    *lock(&context.cache_bytes) = size;
+    if size <= context.config.cache_budget {
+        return Ok(());
+    }
+    let images: Vec<_> = lock(&context.used_images).values().flatten().cloned().collect();
+    let frames = context.frames(&images).await;
+    let mut pinned = HashSet::new();
+    for image in images {
+        let map = ImageMap::load(&frames, image.root).await.map_err(|e| e.to_string())?;
+        pinned.extend(map.frames());
+        pinned.extend(map.pages());
+    }
+    let eviction = context.cache.evict(context.config.cache_budget, &pinned).map_err(|e| e.to_string())?;
+    *lock(&context.cache_bytes) = eviction.before - eviction.removed;
+    tracing::info!(removed = eviction.removed, pinned = eviction.pinned, "the cache was over its budget");
+    Ok(())
+}
+
+/// Whether a folder can be passed through by everybody, as the users that QEMU runs as have to.
+pub fn first_closed_folder(path: &Path) -> Option<std::path::PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let closed = |folder: &&Path| std::fs::metadata(folder).is_ok_and(|meta| meta.permissions().mode() & 0o001 == 0);
+    path.ancestors().find(closed).map(Path::to_owned)
+}

@@ -1,0 +1,623 @@
+//! One instance: the task that alone changes its record, starts and stops its runner, and carries out its orders.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use collective_api::Event;
+use collective_model::run::{EndKind, PROTOCOL, Phase, Request, RunConfig, RunDisk, RunEnd, RunStatus};
+use collective_model::{
+    Digest, Firmware, Observed, ObservedDisk, Operation, OperationKind, OperationState, Spec, State, Timestamp, Trigger,
+};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
+
+use crate::context::{Context, lock};
+use crate::files::{create_folder, read_json, write_json};
+use crate::link;
+use crate::record::{Record, layer_path};
+use crate::seed;
+
+/// How often a runner is asked.
+const POLL: Duration = Duration::from_millis(250);
+/// How long a guest may take to shut down.
+pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// A guest that crashes this often in a row is given up.
+const MAX_CRASHES: u32 = 5;
+/// A guest that ran this long before it crashed starts counting anew.
+const STEADY: Duration = Duration::from_secs(600);
+/// The first of the user ids for QEMU; nothing else on a machine uses these.
+const FIRST_USER: u32 = 1_600_000_000;
+/// Where Debian and Ubuntu keep the template of UEFI variables.
+const OVMF_VARS: [&str; 2] = ["/usr/share/OVMF/OVMF_VARS_4M.fd", "/usr/share/OVMF/OVMF_VARS.fd"];
+
+/// What the daemon tells an instance.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Spec(Box<Spec>),
+    Operate(Operation),
+}
+
+/// The task's state.
+pub(crate) struct Instance {
+    pub context: Arc<Context>,
+    pub record: Record,
+    pub folder: PathBuf,
+    pub run_dir: PathBuf,
+    pub status: Option<RunStatus>,
+    inbox: mpsc::Receiver<Command>,
+    crashes: u32,
+    started: Instant,
+    retry_at: Option<Instant>,
+    gone: bool,
+}
+
+/// Where the record of an instance is.
+pub(crate) fn record_path(folder: &Path) -> PathBuf {
+    folder.join("instance.json")
+}
+
+impl Instance {
+    /// Takes up the instance in `folder`, or creates it.
+    pub fn open(
+        context: Arc<Context>,
+        folder: PathBuf,
+        run_dir: PathBuf,
+        new: impl FnOnce() -> Option<Record>,
+        inbox: mpsc::Receiver<Command>,
+    ) -> std::io::Result<Option<Self>> {
+        create_folder(&folder.join("layers"), 0o700)?;
+        create_folder(&run_dir, 0o711)?;
+        let record = match read_json(&record_path(&folder))? {
+            Some(record) => record,
+            None => match new() {
+                Some(record) => record,
+                None => return Ok(None),
+            },
+        };
+        let instance = Self {
+            context,
+            record,
+            folder,
+            run_dir,
+            status: None,
+            inbox,
+            crashes: 0,
+            started: Instant::now(),
+            retry_at: None,
+            gone: false,
+        };
+        instance.save()?;
+        Ok(Some(instance))
+    }
+
+    /// Lives until the instance is deleted or the daemon ends.
+    pub async fn run(mut self) {
+        self.resend_events();
+        self.wake_up().await;
+        while !self.gone {
+            self.publish();
+            let command = tokio::select! {
+                command = self.inbox.recv() => match command {
+                    Some(command) => Some(command),
+                    None => return,
+                },
+                () = sleep(POLL) => None,
+            };
+            self.observe().await;
+            match command {
+                Some(Command::Spec(spec)) => self.take_spec(*spec).await,
+                Some(Command::Operate(operation)) => self.operate(operation).await,
+                None => {}
+            }
+            self.restart_if_due().await;
+        }
+    }
+
+    /// After a start of the daemon: adopt the runner, or find out what its death left.
+    async fn wake_up(&mut self) {
+        self.observe().await;
+        if self.record.update.is_some() {
+            self.finish_update().await;
+        } else if self.record.state == State::Updating || self.record.state == State::Restoring {
+            // Before the point of no return: nothing has changed, and the order comes again.
+            self.set_state(if self.status.is_some() { State::Running } else { State::Stopped });
+            if self.status.is_none() && self.record.spec.on {
+                self.start(true).await;
+            }
+        }
+    }
+
+    async fn take_spec(&mut self, spec: Spec) {
+        if spec.generation < self.record.spec.generation {
+            tracing::warn!(instance = %spec.id, "orders of an older generation are refused");
+            return;
+        }
+        let (on, serial) = (spec.on, spec.power_serial);
+        let first = self.record.power_serial == 0;
+        if self.record.spec != spec {
+            self.record.spec = spec;
+            self.save_or_log();
+        }
+        if serial <= self.record.power_serial {
+            return;
+        }
+        self.record.power_serial = serial;
+        self.save_or_log();
+        match (on, self.record.state) {
+            (true, State::Stopped | State::Failed) => {
+                if first {
+                    self.event("created", format!("created from {}", self.record.spec.appliance));
+                }
+                self.crashes = 0;
+                self.start(true).await;
+            }
+            (false, state) if state.is_live() || state == State::Failed => self.stop(STOP_LIMIT).await,
+            _ => {}
+        }
+    }
+
+    async fn operate(&mut self, operation: Operation) {
+        if let Some(outcome) = self.record.outcome(&operation.id) {
+            self.context.tell(&operation.id, outcome.clone());
+            return;
+        }
+        let id = operation.id.clone();
+        let result = match operation.kind {
+            OperationKind::Plan { to } => self.plan(to).await,
+            OperationKind::Update { to } => self.update(&id, to).await,
+            OperationKind::Rollback { with_data } => self.roll_back(with_data).await,
+            OperationKind::Restart => self.restart().await,
+            OperationKind::Delete { data } => self.delete(data).await,
+        };
+        let state = match result {
+            Ok(result) => OperationState::Done { result },
+            Err(error) => OperationState::Failed { error },
+        };
+        self.conclude(id, state);
+    }
+
+    /// The outcome is durable here before the plane hears of it.
+    pub(crate) fn conclude(&mut self, id: collective_model::OperationId, state: OperationState) {
+        self.record.remember(id.clone(), state.clone());
+        if !self.gone {
+            self.save_or_log();
+            self.publish();
+        }
+        self.context.tell(&id, state);
+    }
+
+    async fn restart(&mut self) -> Result<serde_json::Value, String> {
+        if self.record.state.is_live() {
+            self.stop(STOP_LIMIT).await;
+        }
+        self.crashes = 0;
+        self.start(true).await;
+        Ok(serde_json::json!({ "stopped": self.record.last_stop }))
+    }
+
+    /// Starts the runner. What fails is in `last_error`, and the state says so.
+    pub(crate) async fn start(&mut self, open_ports: bool) {
+        self.retry_at = None;
+        if self.record.state != State::Updating && self.record.state != State::Starting {
+            self.trigger(Trigger::Start);
+        }
+        self.publish();
+        if let Err(why) = self.try_start(open_ports).await {
+            self.give_up(format!("cannot start: {why}"));
+        }
+    }
+
+    pub(crate) fn give_up(&mut self, why: String) {
+        self.event("failed", why.clone());
+        self.record.last_error = Some(why);
+        self.status = None;
+        self.set_state(State::Failed);
+    }
+
+    async fn try_start(&mut self, open_ports: bool) -> Result<(), String> {
+        let ordered = Timestamp::now();
+        self.clear_leftovers().await;
+        let version = self.record.version;
+        let manifest = self.context.manifest(&version).await?;
+        if self.record.disks.is_empty() {
+            self.record.adopt_version(&manifest, version);
+        }
+        self.record.version_name = Some(manifest.version.clone());
+        let memory = self.record.spec.memory.unwrap_or(manifest.hardware.memory);
+        check_memory(memory.0)?;
+        self.record.prepare_start();
+        self.drop_unheld_layers().map_err(|e| format!("cannot tidy its layers: {e}"))?;
+        self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
+        self.note_images();
+        let config = self.run_config(&manifest, ordered, open_ports).map_err(|e| format!("cannot prepare it: {e}"))?;
+        seed::write(&config.seed, &self.record.spec, &manifest).map_err(|e| format!("cannot write its seed disk: {e}"))?;
+        if let Some((uid, gid)) = config.user {
+            let give = |path: &Path| std::os::unix::fs::chown(path, Some(uid), Some(gid));
+            let given = give(&config.seed).and_then(|()| config.uefi_vars.as_deref().map_or(Ok(()), give));
+            given.map_err(|e| format!("cannot give its files to its user: {e}"))?;
+        }
+        write_json(&self.run_dir.join("run.json"), &config).map_err(|e| format!("cannot write run.json: {e}"))?;
+        let _ = std::fs::remove_file(self.run_dir.join("end.json"));
+        let pid = link::spawn(&self.context.config.runner, &self.run_dir)
+            .map_err(|e| format!("cannot start its runner: {e}"))?;
+        self.record.runner_pid = Some(pid);
+        self.record.qemu_pid = None;
+        self.record.last_error = None;
+        self.started = Instant::now();
+        self.save().map_err(|e| format!("cannot keep its record: {e}"))
+    }
+
+    /// Exactly one machine may write to the disks: whatever is left of the last run is ended first.
+    async fn clear_leftovers(&mut self) {
+        if let Some(pid) = self.record.runner_pid.take() {
+            link::kill(pid, &self.run_dir.to_string_lossy()).await;
+        }
+        if let Some(pid) = self.record.qemu_pid.take() {
+            link::kill(pid, &self.record.spec.id.uuid()).await;
+        }
+        link::clear_mount(&self.run_dir.join("v/d")).await;
+    }
+
+    fn drop_unheld_layers(&self) -> std::io::Result<()> {
+        let held = self.record.held_layers();
+        for entry in std::fs::read_dir(self.folder.join("layers"))? {
+            let path = entry?.path();
+            let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u64>().ok());
+            if number.is_some_and(|number| !held.contains(&number)) {
+                std::fs::remove_file(path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn run_config(
+        &self,
+        manifest: &collective_model::Manifest,
+        ordered: Timestamp,
+        open_ports: bool,
+    ) -> std::io::Result<RunConfig> {
+        let spec = &self.record.spec;
+        let user = rustix::process::geteuid().is_root().then(|| FIRST_USER + self.record.user_index);
+        let guarded = self.run_dir.join("v");
+        create_folder(&guarded, 0o700)?;
+        let uefi_vars = match manifest.hardware.firmware {
+            Firmware::Bios => None,
+            Firmware::Uefi => Some(self.uefi_vars(&guarded)?),
+        };
+        let disks = self.record.disks.iter().map(|disk| RunDisk {
+            name: disk.name.clone(),
+            size: disk.size,
+            image: disk.image.clone(),
+            layers: disk.layers.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
+            create_top: disk.layers.last().is_some_and(|top| self.record.fresh.contains(top)),
+        });
+        Ok(RunConfig {
+            protocol: PROTOCOL,
+            instance: spec.id.clone(),
+            name: spec.name.clone(),
+            ordered,
+            cpus: spec.cpus.unwrap_or(manifest.hardware.cpus),
+            memory_mib: spec.memory.unwrap_or(manifest.hardware.memory).0 >> 20,
+            firmware: manifest.hardware.firmware,
+            uefi_vars,
+            display: manifest.hardware.display,
+            disks: disks.collect(),
+            seed: guarded.join("seed.img"),
+            ports: spec.ports.clone(),
+            open_ports,
+            health: manifest.health.clone(),
+            outbound: spec.outbound,
+            force_tcg: self.context.config.force_tcg,
+            user: user.map(|user| (user, user)),
+            cache: self.context.config.data.join("cache"),
+            credentials: self.context.config.credentials.clone(),
+        })
+    }
+
+    /// The instance's own UEFI variables, made from the distribution's template at the first start.
+    fn uefi_vars(&self, guarded: &Path) -> std::io::Result<PathBuf> {
+        let path = guarded.join("uefi-vars.fd");
+        if !path.exists() {
+            let template = OVMF_VARS.iter().find(|path| Path::new(path).exists());
+            let template = template.ok_or_else(|| std::io::Error::other("no OVMF firmware is installed; install the package ovmf"))?;
+            std::fs::copy(template, &path)?;
+        }
+        Ok(path)
+    }
+
+    /// Asks the runner how it is, and notices its end.
+    pub(crate) async fn observe(&mut self) {
+        if self.record.runner_pid.is_none() {
+            self.status = None;
+            return;
+        }
+        match link::ask(&self.run_dir, &Request::Status).await {
+            Ok(status) => self.note_status(status),
+            Err(link::LinkError::Refused(why)) => tracing::warn!(why, "the runner refuses to tell its status"),
+            Err(link::LinkError::Silent(_)) => {
+                let alive = self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &self.run_dir.to_string_lossy()));
+                if !alive {
+                    let end = link::end(&self.run_dir).unwrap_or_else(|| RunEnd {
+                        kind: EndKind::Crashed,
+                        message: "the runner or the host died: a power cut to the guest".into(),
+                        at: Timestamp::now(),
+                    });
+                    self.ended(end).await;
+                }
+            }
+        }
+    }
+
+    fn note_status(&mut self, status: RunStatus) {
+        if status.qemu_pid.is_some() && self.record.qemu_pid != status.qemu_pid {
+            self.record.qemu_pid = status.qemu_pid;
+            // The machine exists, so its disks do.
+            self.record.fresh.clear();
+            self.save_or_log();
+        }
+        let state = self.record.state;
+        match (state, status.phase, &status.paused) {
+            (State::Starting, Phase::Running, None) => {
+                self.trigger(Trigger::Up);
+                let how = status.accelerator.clone().unwrap_or_default();
+                self.event("started", format!("started with {how}"));
+            }
+            (State::Running, Phase::Running, Some(why)) => {
+                self.trigger(Trigger::Pause);
+                self.event("paused", why.clone());
+            }
+            (State::Paused, Phase::Running, None) => {
+                self.trigger(Trigger::Continue);
+                self.event("continued", "the guest goes on".into());
+            }
+            _ => {}
+        }
+        self.status = Some(status);
+    }
+
+    /// The runner is gone.
+    async fn ended(&mut self, end: RunEnd) {
+        self.record.runner_pid = None;
+        self.status = None;
+        self.record.last_stop = Some(end.message.clone());
+        let state = self.record.state;
+        if matches!(state, State::Updating | State::Restoring | State::Stopping) {
+            // Whoever does this waits for the end and knows what it means.
+            if end.kind == EndKind::NotStarted {
+                self.record.last_error = Some(end.message);
+            }
+            if state == State::Stopping {
+                self.set_state(State::Stopped);
+            }
+            self.save_or_log();
+            return;
+        }
+        match end.kind {
+            EndKind::Clean | EndKind::Forced | EndKind::GuestOff => {
+                self.event("stopped", end.message);
+                self.set_state(State::Stopped);
+            }
+            EndKind::NotStarted => self.give_up(format!("cannot start: {}", end.message)),
+            EndKind::Crashed => self.crashed(end.message),
+        }
+    }
+
+    fn crashed(&mut self, message: String) {
+        if self.started.elapsed() > STEADY {
+            self.crashes = 0;
+        }
+        self.crashes += 1;
+        self.event("crashed", message.clone());
+        if self.crashes > MAX_CRASHES {
+            self.give_up(format!("it crashed {} times in a row and is not started again by itself: {message}", self.crashes));
+            return;
+        }
+        self.record.last_error = Some(message);
+        self.trigger(Trigger::Crash);
+        let pause = Duration::from_secs(1 << (self.crashes - 1));
+        self.retry_at = Some(Instant::now() + pause);
+    }
+
+    async fn restart_if_due(&mut self) {
+        if self.retry_at.is_some_and(|at| at <= Instant::now()) && self.record.state == State::Starting {
+            self.start(true).await;
+        }
+    }
+
+    /// Shuts the guest down, cleanly if it can within the limit.
+    pub(crate) async fn stop(&mut self, limit: Duration) {
+        self.retry_at = None;
+        if self.record.state != State::Updating && self.record.state != State::Restoring {
+            self.trigger(Trigger::Stop);
+        }
+        self.publish();
+        let asked = link::ask(&self.run_dir, &Request::Stop { limit_ms: limit.as_millis() as u64 }).await;
+        let patience = Instant::now() + limit + Duration::from_secs(15);
+        while asked.is_ok() && self.record.runner_pid.is_some() && Instant::now() < patience {
+            self.observe().await;
+            self.publish();
+            sleep(Duration::from_millis(50)).await;
+        }
+        if self.record.runner_pid.is_some() {
+            // It is still opening disks, or hangs.
+            self.clear_leftovers().await;
+            self.status = None;
+            self.record.last_stop = Some("it did not react; its runner was killed, as a power cut".into());
+        }
+        if self.record.state == State::Stopping {
+            self.set_state(State::Stopped);
+        }
+        let how = self.record.last_stop.clone().unwrap_or_default();
+        self.event("stopped", how);
+    }
+
+    async fn delete(&mut self, data: bool) -> Result<serde_json::Value, String> {
+        if self.record.state.is_live() {
+            self.stop(STOP_LIMIT).await;
+        }
+        self.clear_leftovers().await;
+        self.set_state(State::Deleting);
+        let failed = |e: std::io::Error| format!("cannot remove it: {e}");
+        let has_data = self.record.disks.iter().any(|disk| disk.role == collective_model::DiskRole::Data);
+        let mut kept = None;
+        if has_data && !data {
+            let home = self.context.config.data.join("kept");
+            create_folder(&home, 0o700).map_err(failed)?;
+            let home = home.join(format!("{}-{}", self.record.spec.name, &self.record.spec.id.as_str()[..8]));
+            std::fs::rename(&self.folder, &home).map_err(failed)?;
+            kept = Some(home.display().to_string());
+        } else {
+            std::fs::remove_dir_all(&self.folder).map_err(failed)?;
+        }
+        let _ = std::fs::remove_dir_all(&self.run_dir);
+        lock(&self.context.outbox.observed).remove(&self.record.spec.id);
+        lock(&self.context.used_images).remove(&self.record.spec.id);
+        self.gone = true;
+        Ok(serde_json::json!({ "kept": kept }))
+    }
+
+    /// Bytes that a layer takes on the host's disk.
+    pub(crate) fn layer_bytes(&self, layer: u64) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(layer_path(&self.folder, layer)).map_or(0, |meta| meta.blocks() * 512)
+    }
+
+    pub(crate) fn note_images(&self) {
+        let images = self.record.disks.iter().filter_map(|disk| disk.image.clone()).collect();
+        lock(&self.context.used_images).insert(self.record.spec.id.clone(), images);
+    }
+
+    /// Follows the table of transitions; one that is not in it is a mistake of ours.
+    pub(crate) fn trigger(&mut self, trigger: Trigger) {
+        match self.record.state.after(trigger) {
+            Some(state) => self.set_state(state),
+            None => tracing::error!(state = %self.record.state, ?trigger, "a transition that cannot be was asked for"),
+        }
+    }
+
+    pub(crate) fn set_state(&mut self, state: State) {
+        if self.record.state != state {
+            tracing::info!(instance = %self.record.spec.name, from = %self.record.state, to = %state, "state");
+            self.record.state = state;
+        }
+        self.save_or_log();
+        self.publish();
+    }
+
+    pub(crate) fn save(&self) -> std::io::Result<()> {
+        write_json(&record_path(&self.folder), &self.record)
+    }
+
+    pub(crate) fn save_or_log(&self) {
+        if let Err(error) = self.save() {
+            tracing::error!(%error, instance = %self.record.spec.name, "the instance's record cannot be kept");
+        }
+    }
+
+    /// Something happened that belongs into the history.
+    pub(crate) fn event(&mut self, what: &str, message: String) {
+        let event = Event {
+            instance: self.record.spec.id.clone(),
+            serial: self.record.next_event,
+            at: Timestamp::now(),
+            what: what.to_owned(),
+            message,
+        };
+        tracing::info!(instance = %self.record.spec.name, what, message = event.message, "event");
+        self.record.next_event += 1;
+        let append = || -> std::io::Result<()> {
+            let path = self.folder.join("events.jsonl");
+            let mut file = std::fs::File::options().create(true).append(true).open(path)?;
+            let mut line = serde_json::to_vec(&event)?;
+            line.push(b'\n');
+            file.write_all(&line)
+        };
+        if let Err(error) = append() {
+            tracing::warn!(%error, "an event cannot be kept");
+        }
+        lock(&self.context.outbox.events).push(event);
+        self.context.outbox.filled.notify_one();
+    }
+
+    /// The plane may have missed some; it knows which it has.
+    fn resend_events(&self) {
+        let text = std::fs::read_to_string(self.folder.join("events.jsonl")).unwrap_or_default();
+        let events: Vec<Event> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        lock(&self.context.outbox.events).extend(events);
+    }
+
+    /// Tells the plane what there is to see, if it changed.
+    pub(crate) fn publish(&self) {
+        let observed = self.observed();
+        let mut all = lock(&self.context.outbox.observed);
+        let same = all.get(&observed.id).is_some_and(|old| Observed { observed_at: observed.observed_at, ..old.clone() } == observed);
+        all.insert(observed.id.clone(), observed);
+        if !same {
+            self.context.outbox.filled.notify_one();
+        }
+    }
+
+    fn observed(&self) -> Observed {
+        let record = &self.record;
+        let status = self.status.clone().unwrap_or_default();
+        let disk = |(index, disk): (usize, &crate::record::DiskRecord)| ObservedDisk {
+            name: disk.name.clone(),
+            role: disk.role,
+            size: disk.size,
+            own_bytes: status
+                .own_bytes
+                .get(index)
+                .copied()
+                .unwrap_or_else(|| disk.layers.iter().map(|layer| self.layer_bytes(*layer)).sum()),
+        };
+        Observed {
+            id: record.spec.id.clone(),
+            generation: record.spec.generation,
+            state: record.state,
+            version: record.version,
+            version_name: record.version_name.clone(),
+            accelerator: status.accelerator,
+            addresses: if status.phase == Phase::Running { vec!["10.0.2.15".into()] } else { Vec::new() },
+            ports: record.spec.ports.clone(),
+            ports_open: status.ports_open,
+            disks: record.disks.iter().enumerate().map(disk).collect(),
+            bytes_fetched: status.bytes_fetched,
+            index_bytes_fetched: status.index_bytes_fetched,
+            bytes_from_cache: status.bytes_from_cache,
+            started_in_ms: status.started_in_ms,
+            first_answer_ms: status.first_answer_ms,
+            frames_missing: status.frames_missing,
+            waiting: status.waiting,
+            health: status.health,
+            probe_output: status.probe_output,
+            last_error: record.last_error.clone(),
+            last_stop: record.last_stop.clone(),
+            power_serial: record.power_serial,
+            checkpoints: record.checkpoints.iter().map(|checkpoint| checkpoint.info.clone()).collect(),
+            observed_at: Timestamp::now(),
+        }
+    }
+
+    /// Manifest of a version, for the procedures.
+    pub(crate) async fn manifest(&self, version: &Digest) -> Result<collective_model::Manifest, String> {
+        self.context.manifest(version).await
+    }
+}
+
+/// This machine's memory in bytes.
+pub(crate) fn total_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    total.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
+}
+
+fn check_memory(wanted: u64) -> Result<(), String> {
+    match total_memory() {
+        Some(total) if total < wanted => {
+            Err(format!("it needs {} MiB of memory, and this host has {} MiB", wanted >> 20, total >> 20))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,42 @@
+//! The host daemon: keeps instances as the plane wants them, and tells the plane what it sees.
+//!
+//! It owns one folder: the cache of the store, and for each instance a record, its layers, and a runner that outlives
+//! the daemon. Every instance is one task ([`instance`]) that alone changes its record. Nothing here needs the plane to
+//! be there: orders that came are carried out to their end, and reports wait.
+
+#![forbid(unsafe_code)]
+
+mod context;
+mod daemon;
+mod files;
+mod instance;
+mod link;
+mod record;
+mod seed;
+mod update;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+pub use context::trust;
+pub use daemon::{HostError, first_closed_folder, run};
+pub use files::{create_folder, read_json, write_json};
+
+/// What a host needs to know of itself.
+#[derive(Clone, Debug)]
+pub struct HostConfig {
+    /// Its folder.
+    pub data: PathBuf,
+    /// The program and arguments of a runner; its directory is added.
+    pub runner: Vec<OsString>,
+    /// How a runner reaches the store: a file in the folder, readable by its owner only.
+    pub credentials: PathBuf,
+    /// Never use KVM.
+    pub force_tcg: bool,
+    /// What KVM detection found, for people.
+    pub accelerator: String,
+    /// What is worse than it could be, for people.
+    pub warnings: Vec<String>,
+    /// The cache is kept below this, in bytes, but for what instances need.
+    pub cache_budget: u64,
+}

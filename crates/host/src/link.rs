@@ -1,0 +1,98 @@
+//! The daemon's end of the runner protocol: starting runners, asking them, recognising dead ones.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use collective_model::run::{MAX_MESSAGE_BYTES, Reply, Request, RunEnd, RunStatus};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+/// A runner answers within this time, or is taken for hung; it never waits for the network to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why a runner did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody answers.
+    #[error("the runner does not answer: {0}")]
+    Silent(std::io::Error),
+    /// It says no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Starts a runner for `dir` that outlives us, its words going to `runner.log`.
+pub fn spawn(command: &[OsString], dir: &Path) -> std::io::Result<u32> {
+    let log = std::fs::File::options().create(true).append(true).open(dir.join("runner.log"))?;
+    let (program, arguments) =
+        command.split_first().ok_or_else(|| std::io::Error::other("no command for runners was configured"))?;
+    let mut child = tokio::process::Command::new(program)
+        .args(arguments)
+        .arg(dir)
+        .stdin(std::process::Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        // Out of reach of the terminal's signals.
+        .process_group(0)
+        .kill_on_drop(false)
+        .spawn()?;
+    let pid = child.id().unwrap_or_default();
+    tokio::spawn(async move {
+        // Only to let the kernel forget it; how it ended is in end.json.
+        let _ = child.wait().await;
+    });
+    Ok(pid)
+}
+
+/// Asks the runner in `dir`.
+pub async fn ask(dir: &Path, request: &Request) -> Result<RunStatus, LinkError> {
+    let exchange = async {
+        let mut stream = UnixStream::connect(dir.join("runner.sock")).await?;
+        let mut bytes = serde_json::to_vec(request)?;
+        bytes.push(b'\n');
+        stream.write_all(&bytes).await?;
+        let mut line = Vec::new();
+        BufReader::new(stream).take(MAX_MESSAGE_BYTES as u64).read_until(b'\n', &mut line).await?;
+        serde_json::from_slice::<Reply>(&line).map_err(std::io::Error::from)
+    };
+    let limit = tokio::time::timeout(ANSWER_LIMIT, exchange).await;
+    let limit = limit.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut)));
+    match limit.map_err(LinkError::Silent)? {
+        Reply::Status(status) => Ok(*status),
+        Reply::Error { message } => Err(LinkError::Refused(message)),
+    }
+}
+
+/// How the run in `dir` ended, if its runner could say.
+pub fn end(dir: &Path) -> Option<RunEnd> {
+    serde_json::from_slice(&std::fs::read(dir.join("end.json")).ok()?).ok()
+}
+
+/// Whether the process `pid` is still one with `mark` in its arguments.
+pub fn is_alive(pid: u32, mark: &str) -> bool {
+    let arguments = std::fs::read(PathBuf::from(format!("/proc/{pid}/cmdline"))).unwrap_or_default();
+    String::from_utf8_lossy(&arguments).contains(mark)
+}
+
+/// Kills the process `pid`, if it is one with `mark` in its arguments, and waits until it is gone.
+pub async fn kill(pid: u32, mark: &str) {
+    let Some(process) = rustix::process::Pid::from_raw(pid as i32) else { return };
+    while is_alive(pid, mark) {
+        let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Takes away a mount whose server has died; no mount is fine too.
+pub async fn clear_mount(path: &Path) {
+    // Asking about it fails with "not connected" if its server is dead.
+    if rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH).is_err() {
+        let _ = tokio::process::Command::new("fusermount3")
+            .args(["-u", "-z", "-q"])
+            .arg(path)
+            .stderr(std::process::Stdio::null())
+            .status()
+            .await;
+    }
+}

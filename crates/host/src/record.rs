@@ -1,0 +1,360 @@
+//! What a host keeps of an instance: one file, replaced whole, so that every step of an update is all or nothing.
+//!
+//! Disks are chains of layers. A checkpoint is a copy of the chains: from then on these layers are frozen, and each
+//! disk goes on with a new one. Going back is putting an old chain, with a new layer on top, in place of the present.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use collective_model::run::RunImage;
+use collective_model::{
+    Checkpoint, CheckpointId, Digest, Disk, DiskRole, Manifest, Name, OperationId, OperationState, Spec, State,
+    SystemWrites, Timestamp, VersionName,
+};
+use serde::{Deserialize, Serialize};
+
+/// Finished operations that are remembered, so that a repeated order is answered and not carried out again.
+const REMEMBERED: usize = 32;
+/// Checkpoints that are kept.
+const KEPT_CHECKPOINTS: usize = 10;
+
+/// Everything about an instance on this host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// The last orders.
+    pub spec: Spec,
+    /// Where it is in its life.
+    pub state: State,
+    /// The version it has.
+    pub version: Digest,
+    /// That version's name, once known.
+    pub version_name: Option<VersionName>,
+    /// The present disks; empty before the first start.
+    pub disks: Vec<DiskRecord>,
+    /// Earlier states, oldest first.
+    pub checkpoints: Vec<CheckpointRecord>,
+    /// An update whose outcome is open.
+    pub update: Option<UpdateJournal>,
+    /// Finished operations.
+    pub done: Vec<(OperationId, OperationState)>,
+    /// Layers that no run has created yet; any other that is missing is damage.
+    pub fresh: BTreeSet<u64>,
+    /// Numbers used up.
+    pub next_layer: u64,
+    /// Numbers used up.
+    pub next_checkpoint: u64,
+    /// Numbers used up.
+    pub next_event: u64,
+    /// Distinguishes the instance's user on this host.
+    pub user_index: u32,
+    /// The highest order to start or stop that was carried out.
+    pub power_serial: u64,
+    /// The runner, to recognise a dead one.
+    pub runner_pid: Option<u32>,
+    /// QEMU, to make sure that it is gone.
+    pub qemu_pid: Option<u32>,
+    /// Why it last failed.
+    pub last_error: Option<String>,
+    /// How it last stopped.
+    pub last_stop: Option<String>,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    /// Its name.
+    pub name: Name,
+    /// Its role.
+    pub role: DiskRole,
+    /// How long its own writes last.
+    pub writes: SystemWrites,
+    /// In bytes.
+    pub size: u64,
+    /// Its base.
+    pub image: Option<RunImage>,
+    /// Layers over it, oldest first.
+    pub layers: Vec<u64>,
+}
+
+/// A kept state.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CheckpointRecord {
+    /// What users see of it.
+    pub info: Checkpoint,
+    /// Whether `rollback` goes here.
+    pub before_update: bool,
+    /// The disks as they were; all layers in it are frozen.
+    pub disks: Vec<DiskRecord>,
+}
+
+/// An update between its point of no return and its outcome.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UpdateJournal {
+    /// The order.
+    pub operation: OperationId,
+    /// The state to come back to.
+    pub before: CheckpointId,
+    /// Bytes fetched for it.
+    pub bytes_fetched: u64,
+    /// When the ports were closed.
+    pub closed: Timestamp,
+}
+
+impl Record {
+    /// A new instance.
+    pub fn new(spec: Spec, user_index: u32) -> Self {
+        Self {
+            version: spec.version,
+            spec,
+            state: State::Stopped,
+            version_name: None,
+            disks: Vec::new(),
+            checkpoints: Vec::new(),
+            update: None,
+            done: Vec::new(),
+            fresh: BTreeSet::new(),
+            next_layer: 1,
+            next_checkpoint: 1,
+            next_event: 1,
+            user_index,
+            power_serial: 0,
+            runner_pid: None,
+            qemu_pid: None,
+            last_error: None,
+            last_stop: None,
+        }
+    }
+
+    fn new_layer(&mut self) -> u64 {
+        let layer = self.next_layer;
+        self.next_layer += 1;
+        self.fresh.insert(layer);
+        layer
+    }
+
+    /// Whether a checkpoint holds this layer.
+    fn is_frozen(&self, layer: u64) -> bool {
+        let mut held = self.checkpoints.iter().flat_map(|checkpoint| &checkpoint.disks);
+        held.any(|disk| disk.layers.contains(&layer))
+    }
+
+    /// Disks for a version: its system disks anew, data disks as they are or created, in the version's order.
+    pub fn adopt_version(&mut self, manifest: &Manifest, version: Digest) {
+        let old = std::mem::take(&mut self.disks);
+        for disk in &manifest.disks {
+            let kept = old.iter().find(|old| old.name == disk.name && old.role == DiskRole::Data);
+            let record = match kept {
+                Some(kept) if disk.role == DiskRole::Data => kept.clone(),
+                _ => self.disk_from(disk, manifest, version),
+            };
+            self.disks.push(record);
+        }
+        // A data disk that the new version does not know is the user's all the same.
+        let dropped = old.into_iter().filter(|old| old.role == DiskRole::Data);
+        let unknown: Vec<_> = dropped.filter(|old| manifest.disks.iter().all(|disk| disk.name != old.name)).collect();
+        self.disks.extend(unknown);
+        self.version = version;
+        self.version_name = Some(manifest.version.clone());
+    }
+
+    fn disk_from(&mut self, disk: &Disk, manifest: &Manifest, version: Digest) -> DiskRecord {
+        let appliance = manifest.appliance.clone();
+        DiskRecord {
+            name: disk.name.clone(),
+            role: disk.role,
+            writes: disk.writes,
+            size: disk.size.0,
+            image: disk.image.map(|root| RunImage { root, appliance, version }),
+            layers: Vec::new(),
+        }
+    }
+
+    /// Gives every disk a top layer that nothing else holds, forgets what is not to be kept, and grows what was
+    /// enlarged.
+    pub fn prepare_start(&mut self) {
+        for index in 0..self.disks.len() {
+            let disk = &mut self.disks[index];
+            let forgetful = disk.role == DiskRole::Scratch
+                || (disk.role == DiskRole::System && disk.writes == SystemWrites::Discard);
+            if forgetful {
+                disk.layers.clear();
+            }
+            if let Some(size) = self.spec.disk_sizes.get(&disk.name) {
+                disk.size = disk.size.max(size.0);
+            }
+            let top = disk.layers.last().copied();
+            if top.is_none_or(|top| self.is_frozen(top)) {
+                let layer = self.new_layer();
+                self.disks[index].layers.push(layer);
+            }
+        }
+    }
+
+    /// Freezes the present under a name. `own_bytes` tells what a layer takes.
+    pub fn checkpoint(&mut self, why: String, before_update: bool, own_bytes: &dyn Fn(u64) -> u64) -> CheckpointId {
+        let id = CheckpointId(self.next_checkpoint);
+        self.next_checkpoint += 1;
+        let layers = self.disks.iter().flat_map(|disk| &disk.layers);
+        let info = Checkpoint {
+            id,
+            taken: Timestamp::now(),
+            why,
+            version: self.version,
+            version_name: self.version_name.clone().unwrap_or_else(|| unnamed(&self.version)),
+            own_bytes: layers.map(|layer| own_bytes(*layer)).sum(),
+        };
+        self.checkpoints.push(CheckpointRecord { info, before_update, disks: self.disks.clone() });
+        let journaled = self.update.as_ref().map(|update| update.before);
+        while self.checkpoints.len() > KEPT_CHECKPOINTS {
+            let Some(oldest) = self.checkpoints.iter().position(|old| Some(old.info.id) != journaled) else { break };
+            self.checkpoints.remove(oldest);
+        }
+        id
+    }
+
+    /// The checkpoint that `rollback` goes to: the newest taken before an update.
+    pub fn rollback_target(&self) -> Option<&CheckpointRecord> {
+        self.checkpoints.iter().rev().find(|checkpoint| checkpoint.before_update)
+    }
+
+    /// Puts a checkpoint's disks in place of the present: all of them, or all but the data disks.
+    pub fn restore(&mut self, checkpoint: &CheckpointRecord, with_data: bool) {
+        let present = std::mem::replace(&mut self.disks, checkpoint.disks.clone());
+        if !with_data {
+            for disk in &mut self.disks {
+                let now = present.iter().find(|now| now.name == disk.name && now.role == DiskRole::Data);
+                if let (DiskRole::Data, Some(now)) = (disk.role, now) {
+                    *disk = now.clone();
+                }
+            }
+        }
+        let names: Vec<Name> = self.disks.iter().map(|disk| disk.name.clone()).collect();
+        self.disks.extend(present.into_iter().filter(|d| d.role == DiskRole::Data && !names.contains(&d.name)));
+        self.version = checkpoint.info.version;
+        self.version_name = Some(checkpoint.info.version_name.clone());
+    }
+
+    /// All layers that something holds.
+    pub fn held_layers(&self) -> BTreeSet<u64> {
+        let kept = self.checkpoints.iter().flat_map(|checkpoint| &checkpoint.disks);
+        self.disks.iter().chain(kept).flat_map(|disk| disk.layers.iter().copied()).collect()
+    }
+
+    /// The outcome of an operation that was carried out before.
+    pub fn outcome(&self, id: &OperationId) -> Option<&OperationState> {
+        self.done.iter().find(|(done, _)| done == id).map(|(_, state)| state)
+    }
+
+    /// Remembers an outcome.
+    pub fn remember(&mut self, id: OperationId, state: OperationState) {
+        self.done.push((id, state));
+        let excess = self.done.len().saturating_sub(REMEMBERED);
+        self.done.drain(..excess);
+    }
+}
+
+fn unnamed(version: &Digest) -> VersionName {
+    // Twelve hexadecimal digits are always a version name.
+    version.short().parse().unwrap_or_else(|_| unreachable!("a digest's digits are a name"))
+}
+
+/// Where a layer is.
+pub fn layer_path(folder: &Path, layer: u64) -> PathBuf {
+    folder.join("layers").join(layer.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use collective_model::{Generation, InstanceId};
+
+    fn manifest(version: &str) -> Manifest {
+        serde_json::from_value(serde_json::json!({
+            "format": 1, "appliance": "demo/notes", "version": version, "created": "2026-11-22T00:00:00Z",
+            "hardware": { "cpus": 1, "memory": 536870912 },
+            "disks": [
+                { "name": "system", "role": "system", "size": 1048576, "image": Digest::of(version.as_bytes()) },
+                { "name": "data", "role": "data", "size": 1048576 },
+                { "name": "tmp", "role": "scratch", "size": 1048576 }
+            ]
+        }))
+        .unwrap()
+    }
+
+    fn record() -> Record {
+        let spec = Spec {
+            id: InstanceId::from_random([1; 16]),
+            name: "n".parse().unwrap(),
+            generation: Generation(1),
+            appliance: "demo/notes".parse().unwrap(),
+            version: Digest::of(b"1"),
+            on: true,
+            power_serial: 1,
+            ports: vec![],
+            settings: Default::default(),
+            outbound: true,
+            cpus: None,
+            memory: None,
+            disk_sizes: Default::default(),
+            authorized_keys: vec![],
+        };
+        let mut record = Record::new(spec, 0);
+        record.adopt_version(&manifest("1"), Digest::of(b"1"));
+        record.prepare_start();
+        record
+    }
+
+    fn layers(record: &Record) -> Vec<Vec<u64>> {
+        record.disks.iter().map(|disk| disk.layers.clone()).collect()
+    }
+
+    #[test]
+    fn a_restart_keeps_system_and_data_and_forgets_scratch() {
+        let mut record = record();
+        assert_eq!(layers(&record), [[1], [2], [3]]);
+        record.prepare_start();
+        assert_eq!(layers(&record), [[1], [2], [4]]);
+    }
+
+    #[test]
+    fn an_update_and_back_with_and_without_data() {
+        let mut record = record();
+        let before = record.checkpoint("before update to 2".into(), true, &|_| 5);
+        record.adopt_version(&manifest("2"), Digest::of(b"2"));
+        record.prepare_start();
+        assert_eq!(layers(&record), [vec![4], vec![2, 5], vec![6]], "the old data layer is frozen, a new one takes writes");
+        assert_eq!(record.disks[0].image.as_ref().unwrap().version, Digest::of(b"2"));
+
+        let target = record.rollback_target().unwrap().clone();
+        assert_eq!(target.info.id, before);
+        let mut system_only = record.clone();
+        system_only.checkpoint("before rollback".into(), false, &|_| 0);
+        system_only.restore(&target, false);
+        system_only.prepare_start();
+        assert_eq!(layers(&system_only)[..2], [vec![1, 7], vec![2, 5, 8]]);
+        assert_eq!(system_only.version, Digest::of(b"1"));
+
+        record.checkpoint("failed".into(), false, &|_| 0);
+        record.restore(&target, true);
+        record.prepare_start();
+        assert_eq!(layers(&record)[..2], [vec![1, 7], vec![2, 8]], "data as before the update");
+        assert!(record.held_layers().contains(&5), "the failed side is kept");
+    }
+
+    #[test]
+    fn a_journaled_checkpoint_is_never_dropped() {
+        let mut record = record();
+        let before = record.checkpoint("before".into(), true, &|_| 0);
+        record.update = Some(UpdateJournal {
+            operation: OperationId::from_random([2; 16]),
+            before,
+            bytes_fetched: 0,
+            closed: Timestamp(0),
+        });
+        for _ in 0..30 {
+            record.checkpoint("later".into(), false, &|_| 0);
+        }
+        assert!(record.checkpoints.iter().any(|checkpoint| checkpoint.info.id == before));
+        assert!(record.checkpoints.len() <= KEPT_CHECKPOINTS);
+    }
+}

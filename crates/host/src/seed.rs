@@ -1,0 +1,90 @@
+//! The seed disk: how settings and identity reach a guest without an agent.
+//!
+//! A small FAT volume labelled CIDATA, which cloud-init knows as its NoCloud source; everything else can read it as
+//! files. It is made anew at every start, so the guest's identity does not depend on its system disk.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use collective_model::{Manifest, Spec};
+
+/// FAT needs some room; a sparse file takes only what is written.
+const SIZE: u64 = 1 << 20;
+
+/// A file of the seed disk.
+type SeedFile = (&'static str, Vec<u8>);
+
+/// Writes the seed disk of an instance to `path`.
+pub fn write(path: &Path, spec: &Spec, manifest: &Manifest) -> io::Result<()> {
+    let settings = manifest.settings_with(&spec.settings).map_err(io::Error::other)?;
+    let mut image = std::fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+    image.set_len(SIZE)?;
+    fill(&mut image, &files(spec, manifest, &settings))?;
+    image.sync_all()
+}
+
+fn files(spec: &Spec, manifest: &Manifest, settings: &BTreeMap<String, String>) -> Vec<SeedFile> {
+    let shell = settings.iter().map(|(key, value)| {
+        format!("SETTING_{}='{}'\n", key.to_uppercase(), value.replace('\'', r"'\''"))
+    });
+    let keys: String = spec.authorized_keys.iter().map(|key| format!("{key}\n")).collect();
+    let json = serde_json::to_vec(settings).unwrap_or_default();
+    vec![
+        ("meta-data", format!("instance-id: {}\nlocal-hostname: {}\n", spec.id, spec.name).into_bytes()),
+        ("user-data", user_data(spec, manifest).into_bytes()),
+        ("collective/settings.env", shell.collect::<String>().into_bytes()),
+        ("collective/settings.json", json),
+        ("collective/hostname", format!("{}\n", spec.name).into_bytes()),
+        ("collective/machine-id", format!("{}\n", spec.id).into_bytes()),
+        ("collective/authorized_keys", keys.into_bytes()),
+    ]
+}
+
+fn user_data(spec: &Spec, manifest: &Manifest) -> String {
+    let mut text = String::from("#cloud-config\n");
+    if let Some(cloud_init) = &manifest.cloud_init {
+        if !spec.authorized_keys.is_empty() {
+            text.push_str("ssh_authorized_keys:\n");
+            // JSON strings are YAML strings.
+            let quoted = spec.authorized_keys.iter().map(|key| format!("  - {}\n", serde_json::json!(key)));
+            text.extend(quoted);
+        }
+        text.push_str(&cloud_init.user_data);
+    }
+    text
+}
+
+fn fill(image: &mut (impl Read + Write + Seek), files: &[SeedFile]) -> io::Result<()> {
+    let options = fatfs::FormatVolumeOptions::new().volume_label(*b"CIDATA     ").volume_id(0x0c1d_da7a);
+    fatfs::format_volume(&mut *image, options)?;
+    image.seek(SeekFrom::Start(0))?;
+    let volume = fatfs::FileSystem::new(image, fatfs::FsOptions::new())?;
+    {
+        let root = volume.root_dir();
+        for (name, content) in files {
+            if let Some((folder, _)) = name.split_once('/') {
+                root.create_dir(folder)?;
+            }
+            root.create_file(name)?.write_all(content)?;
+        }
+    }
+    volume.unmount()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_come_back() {
+        let mut image = io::Cursor::new(vec![0; SIZE as usize]);
+        let long = vec![b'x'; 9000];
+        fill(&mut image, &[("meta-data", b"a".to_vec()), ("collective/settings.json", long.clone())]).unwrap();
+        let volume = fatfs::FileSystem::new(image, fatfs::FsOptions::new()).unwrap();
+        assert_eq!(volume.volume_label().trim(), "CIDATA");
+        let mut found = Vec::new();
+        volume.root_dir().open_file("collective/settings.json").unwrap().read_to_end(&mut found).unwrap();
+        assert_eq!(found, long);
+    }
+}

@@ -1,0 +1,33 @@
+//! One instance as a QEMU process.
+//!
+//! This crate exists so that nothing else has to know QEMU: its command line, its monitor protocol (QMP),
+//! its sandbox and its weak spots. A caller describes a [`Machine`], calls [`Vm::launch`], and gets a handle
+//! and a stream of [`Event`]s. The rooms inside:
+//!
+//! * `machine`, `arguments`: what to run, checked and turned into an argument vector; pure.
+//! * `accelerator`, `qemu`: what this host can do, found out by use.
+//! * `spawn`, `run_dir`: the process itself, its rights and its files.
+//! * `qmp`, `event`, `vm`: talking to it.
+//! * `guard`: keeps the guest away from the host's own addresses, without root and without a firewall.
+
+mod accelerator;
+mod arguments;
+mod event;
+mod forward;
+mod guard;
+mod kvm_probe;
+mod machine;
+mod qemu;
+mod qmp;
+mod run_dir;
+mod spawn;
+mod vm;
+
+pub use accelerator::{Accelerator, detect_accelerator};
+pub use event::{Event, EventReceiver, Exit, ExitReason, RunState};
+pub use guard::{Denial, GuardError, GuardPolicy, HostView, Transport, decide};
+pub use machine::{Display, Drive, Firmware, InvalidMachine, Machine, Nic, Outbound};
+pub use qemu::{QemuError, QemuInfo, find_qemu};
+pub use qmp::QmpError;
+pub use run_dir::RunDirError;
+pub use vm::{LaunchError, LaunchOptions, Vm, VmError};
