@@ -82,6 +82,11 @@ impl Client {
         Self { endpoint, secret, idle: Mutex::default() }
     }
 
+    /// Another client to the same plane with the same rights, and connections of its own.
+    pub fn another(&self) -> Self {
+        Self::new(self.endpoint.clone(), self.secret.clone())
+    }
+
     /// Where it leads.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
@@ -105,6 +110,11 @@ impl Client {
     /// PATCH, JSON both ways.
     pub async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
         self.with_body(Method::PATCH, path, body).await
+    }
+
+    /// DELETE.
+    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.json(path, self.send(Method::DELETE, path, None, Bytes::new()).await?)
     }
 
     /// PUT of raw bytes.

@@ -65,26 +65,83 @@ pub struct KnownBlocks {
     home: HashMap<Digest, Digest>,
 }
 
-impl KnownBlocks {
-    /// Takes up all frames of a pack whose bytes were read back; each is verified here.
-    pub fn learn(&mut self, pack: &Digest, bytes: &[u8]) -> Result<(), PackError> {
+/// What a maker remembers of a pack that it verified: names and block hashes, without the content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackHashes {
+    pages: Vec<Digest>,
+    frames: Vec<(Digest, Vec<[u8; 32]>)>,
+}
+
+impl PackHashes {
+    /// Verifies every frame of a pack and takes its blocks' hashes.
+    pub fn of(bytes: &[u8]) -> Result<Self, PackError> {
         let entries = pack::entries(bytes)?;
         let contents: Result<Vec<_>, _> = entries.par_iter().map(|entry| pack::contents(bytes, entry)).collect();
+        let mut found = Self { pages: Vec::new(), frames: Vec::new() };
         for (entry, content) in entries.iter().zip(contents?) {
-            self.home.insert(entry.digest, *pack);
             match entry.kind {
-                EntryKind::Page => _ = self.pages.insert(entry.digest),
-                EntryKind::Data => self.learn_frame(entry.digest, &hashes(&content)),
+                EntryKind::Page => found.pages.push(entry.digest),
+                EntryKind::Data => found.frames.push((entry.digest, hashes(&content))),
             }
         }
-        Ok(())
+        Ok(found)
     }
 
-    fn learn_frame(&mut self, digest: Digest, hashes: &[[u8; 32]]) {
-        let frame = self.frames.len() as u32;
-        self.frames.push((digest, hashes.len() as u16));
-        for (offset, hash) in hashes.iter().enumerate() {
-            self.by_hash.entry(*hash).or_insert((frame, offset as u8));
+    /// For a file: `u32 pages, u32 frames, pages x digest, frames x { digest, u16 blocks, blocks x hash }`, and the
+    /// BLAKE3 of all that, because a damaged memory would damage what is published.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = (self.pages.len() as u32).to_le_bytes().to_vec();
+        out.extend((self.frames.len() as u32).to_le_bytes());
+        self.pages.iter().for_each(|digest| out.extend(digest.0));
+        for (digest, hashes) in &self.frames {
+            out.extend(digest.0);
+            out.extend((hashes.len() as u16).to_le_bytes());
+            hashes.iter().for_each(|hash| out.extend(hash));
+        }
+        let check = Digest::of(&out);
+        out.extend(check.0);
+        out
+    }
+
+    /// `None`: damaged; make it anew from the pack.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        fn take<'a>(rest: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
+            let (head, tail) = rest.split_at_checked(count)?;
+            *rest = tail;
+            Some(head)
+        }
+        let (mut rest, check) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
+        if Digest::of(rest).0 != *check {
+            return None;
+        }
+        let hash = |rest: &mut &[u8]| take(rest, 32)?.try_into().ok();
+        let pages = u32::from_le_bytes(take(&mut rest, 4)?.try_into().ok()?);
+        let frames = u32::from_le_bytes(take(&mut rest, 4)?.try_into().ok()?);
+        let pages = (0..pages).map(|_| hash(&mut rest).map(Digest)).collect::<Option<_>>()?;
+        let mut found = Self { pages, frames: Vec::new() };
+        for _ in 0..frames {
+            let digest = Digest(hash(&mut rest)?);
+            let blocks = u16::from_le_bytes(take(&mut rest, 2)?.try_into().ok()?);
+            found.frames.push((digest, (0..blocks).map(|_| hash(&mut rest)).collect::<Option<_>>()?));
+        }
+        rest.is_empty().then_some(found)
+    }
+}
+
+impl KnownBlocks {
+    /// Takes up a pack.
+    pub fn learn(&mut self, pack: &Digest, hashes: &PackHashes) {
+        for digest in &hashes.pages {
+            self.home.insert(*digest, *pack);
+            self.pages.insert(*digest);
+        }
+        for (digest, blocks) in &hashes.frames {
+            self.home.insert(*digest, *pack);
+            let frame = self.frames.len() as u32;
+            self.frames.push((*digest, blocks.len() as u16));
+            for (offset, hash) in blocks.iter().enumerate() {
+                self.by_hash.entry(*hash).or_insert((frame, offset as u8));
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use collective_store::depot::Depot;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackSink, Publisher};
+use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::{BLOCK, PackInfo, Source, SourceError};
 use futures_util::future::BoxFuture;
 use proptest::prelude::*;
@@ -98,7 +98,9 @@ fn publish(shelf: &Shelf, disk: &[u8], version: Digest, base: Option<Digest>) ->
     let mut known = KnownBlocks::default();
     for info in base.map(|base| shelf.lists.lock().unwrap()[&base].clone()).unwrap_or_default() {
         let bytes = shelf.packs.lock().unwrap()[&info.digest].clone();
-        known.learn(&info.digest, &bytes).unwrap();
+        let hashes = PackHashes::of(&bytes).unwrap();
+        assert_eq!(PackHashes::decode(&hashes.encode()), Some(hashes.clone()));
+        known.learn(&info.digest, &hashes);
     }
     let mut sink = ShelfSink(shelf);
     let mut publisher = Publisher::new(known, &mut sink);

@@ -5,6 +5,8 @@
 //! (`filter`); calls that name an address wait until a thread of ours has decided about them (`policy`). An allowed
 //! call is not let through, because QEMU could change the address after the decision: the thread makes it itself, on
 //! a duplicate of the socket and with its own copy of address and data (`requests`).
+//! A caught call takes some 30 µs in place of 3 (a 1500 byte `sendmsg` on a busy machine of two cores). `send` without an
+//! address is not caught, so a network plug that must be fast is a connected socket that QEMU uses by `send`.
 //! Where this process dies, the kernel answers ENOSYS to all such calls: nothing opens.
 //! Way of working: seccomp_unotify(2).
 

@@ -63,7 +63,8 @@ impl Supervisor {
         Supervisor { policy, host: HostCache::new(), child, process, reported: HashSet::new() }
     }
 
-    /// `is_waiting` tells whether the caller still waits: what was read from a dead thread's number proves nothing.
+    /// `is_waiting` tells whether the caller still waits; it is asked after the last reading and before anything is
+    /// done, because the number of a thread that is dead by then may have been another's.
     pub(super) fn consider(&mut self, call: &Notification, is_waiting: impl Fn() -> bool) -> Work {
         self.try_consider(call, is_waiting).unwrap_or_else(|errno| Work::Done(Err(errno)))
     }
@@ -97,13 +98,13 @@ impl Supervisor {
                 Errno::BADF => Errno::BADF,
                 _ => Errno::PERM,
             })?;
-        let work = if is_connect {
+        let is_waiting = || if is_waiting() { Ok(()) } else { Err(Errno::INTR) };
+        if is_connect {
+            is_waiting()?;
             self.connect(socket, message.destination)
         } else {
-            self.send(call.thread, socket, message)
-        };
-        // The answer to a call that is no longer there is dropped by the kernel; here only the reads matter.
-        if is_waiting() { work } else { Err(Errno::INTR) }
+            self.send(call.thread, socket, message, is_waiting)
+        }
     }
 
     fn connect(&mut self, socket: OwnedFd, destination: Destination) -> Result<Work, Errno> {
@@ -125,13 +126,20 @@ impl Supervisor {
         }
     }
 
-    fn send(&mut self, thread: i32, socket: OwnedFd, message: Message) -> Result<Work, Errno> {
+    fn send(
+        &mut self,
+        thread: i32,
+        socket: OwnedFd,
+        message: Message,
+        is_waiting: impl Fn() -> Result<(), Errno>,
+    ) -> Result<Work, Errno> {
         let is_stream = sockopt::socket_type(&socket)? == SocketType::STREAM;
         let total = message.pieces.iter().fold(0usize, |sum, piece| sum.saturating_add(piece.1));
         if total > DATA_LIMIT && !is_stream {
             return Err(Errno::MSGSIZE);
         }
         let data = read_memory(thread, &limited(message.pieces))?;
+        is_waiting()?;
         // A stream that is connected ignores addresses, and one that is not must not be connected by a send.
         let destination = if is_stream { Destination::None } else { message.destination };
         let peer = match &destination {

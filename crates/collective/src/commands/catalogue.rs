@@ -1,0 +1,200 @@
+//! Finding and checking what is published: `search`, `show`, `channels`, `verify`, `trust`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context, Result, bail};
+use collective_api::{ApplianceView, Client, KeyUpdate, PlaneStore, VersionDetail};
+use collective_keys::{Kind, PublicKey};
+use collective_model::{ApplianceName, ByteSize, Manifest, Name, Reference};
+use collective_store::cache::Cache;
+use collective_store::fetch::FrameStore;
+use collective_store::image::ImageMap;
+
+use crate::ui::{Ui, table};
+
+/// List published appliances
+///
+/// Example: collective search notes
+#[derive(Debug, clap::Args)]
+pub struct Search {
+    /// Part of a name or summary
+    #[arg(default_value = "")]
+    query: String,
+}
+
+impl Search {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let views: Vec<ApplianceView> = client.get(&format!("/v1/appliances?query={}", escape(&self.query))).await?;
+        ui.data(&views, |ui| {
+            let row = |view: &ApplianceView| {
+                let stable = view.channels.iter().map(|(channel, version)| format!("{channel}={version}"));
+                let stable = stable.collect::<Vec<_>>().join(" ");
+                vec![view.appliance.to_string(), stable, view.versions.len().to_string(), view.summary.clone()]
+            };
+            let rows: Vec<_> = views.iter().map(row).collect();
+            table(ui, &["APPLIANCE", "CHANNELS", "VERSIONS", "SUMMARY"], &rows);
+        });
+        if views.is_empty() {
+            ui.hint("nothing is published under that name; `collective publish DIR` publishes an appliance");
+        }
+        Ok(())
+    }
+}
+
+/// Percent-encodes a query value (RFC 3986).
+pub(super) fn escape(text: &str) -> String {
+    let byte = |b: u8| match b {
+        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b':' | b'@' => char::from(b).to_string(),
+        _ => format!("%{b:02X}"),
+    };
+    text.bytes().map(byte).collect()
+}
+
+async fn resolve(client: &Client, reference: &Reference) -> Result<(VersionDetail, Manifest)> {
+    let detail: VersionDetail =
+        client.get(&format!("/v1/resolve?reference={}", escape(&reference.to_string()))).await?;
+    let text = detail.manifest.verified(Kind::Manifest)?;
+    let manifest = Manifest::parse(text.as_bytes())?;
+    Ok((detail, manifest))
+}
+
+/// Show a version: hardware, disks, ports, settings
+///
+/// Example: collective show demo/notes
+#[derive(Debug, clap::Args)]
+pub struct Show {
+    /// demo/notes, demo/notes:2, demo/notes:beta or demo/notes@DIGEST
+    reference: Reference,
+}
+
+impl Show {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let (detail, manifest) = resolve(client, &self.reference).await?;
+        let packs: u64 = detail.packs.iter().map(|pack| pack.size).sum();
+        let value = serde_json::json!({
+            "digest": detail.manifest.digest(), "key": detail.manifest.key, "packs_bytes": packs, "manifest": manifest,
+        });
+        ui.data(&value, |ui| {
+            let hardware = &manifest.hardware;
+            ui.line(format!("{}:{}  {}", manifest.appliance, manifest.version, manifest.summary));
+            ui.line(format!("  digest    {}", detail.manifest.digest()));
+            ui.line(format!("  signed by {}", detail.manifest.key));
+            ui.line(format!("  published {}", manifest.created));
+            ui.line(format!("  machine   {} cpus, {} MiB, {:?}", hardware.cpus, hardware.memory.0 >> 20, hardware.firmware));
+            for disk in &manifest.disks {
+                let role = format!("{:?}", disk.role).to_lowercase();
+                ui.line(format!("  disk      {} ({role}), {}", disk.name, ByteSize(disk.size.0)));
+            }
+            for port in &manifest.ports {
+                ui.line(format!("  port      {} ({})", port.guest, port.name));
+            }
+            if let Some(health) = &manifest.health {
+                let http = &health.http;
+                ui.line(format!("  healthy   GET :{}{} answers {} within {}", http.port, http.path, http.status, health.limit));
+            }
+            for (key, setting) in &manifest.settings {
+                let default = setting.default.as_deref().map(|value| format!(" = {value:?}")).unwrap_or_default();
+                ui.line(format!("  setting   {key}{default}  {}", setting.description));
+            }
+            ui.line(format!("  stored in {} packs, {}", detail.packs.len(), ByteSize(packs)));
+        });
+        Ok(())
+    }
+}
+
+/// List the channels of an appliance and the versions they point to
+///
+/// Example: collective channels demo/notes
+#[derive(Debug, clap::Args)]
+pub struct Channels {
+    appliance: ApplianceName,
+}
+
+impl Channels {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let views: Vec<ApplianceView> = client.get(&format!("/v1/appliances?query={}", self.appliance)).await?;
+        let Some(view) = views.into_iter().find(|view| view.appliance == self.appliance) else {
+            bail!("no appliance \"{}\" is published here; `collective search` lists what is", self.appliance);
+        };
+        ui.data(&view.channels, |ui| {
+            let rows: Vec<_> = view.channels.iter().map(|(c, v)| vec![c.to_string(), v.to_string()]).collect();
+            table(ui, &["CHANNEL", "VERSION"], &rows);
+        });
+        Ok(())
+    }
+}
+
+/// Read a whole version back from the store and check every frame against the signed manifest
+///
+/// Example: collective verify demo/notes
+#[derive(Debug, clap::Args)]
+pub struct Verify {
+    reference: Reference,
+}
+
+impl Verify {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let (detail, manifest) = resolve(client, &self.reference).await?;
+        let views: Vec<ApplianceView> = client.get(&format!("/v1/appliances?query={}", manifest.appliance)).await?;
+        let publisher = views.into_iter().find(|view| view.appliance == manifest.appliance).map(|view| view.key);
+        if publisher != Some(detail.manifest.key) && detail.key_changes.is_empty() {
+            bail!("{} is not signed by its publisher's key", self.reference);
+        }
+        let digest = detail.manifest.digest();
+        let folder = tempfile::tempdir().context("cannot make a folder to read the version into")?;
+        let source = PlaneStore::new(Arc::new(client.another()), &folder.path().join("versions"));
+        let store = FrameStore::new(Cache::open(folder.path())?, Arc::new(source));
+        store.add_version(&manifest.appliance, &digest).await;
+        let mut frames = Vec::new();
+        let mut pages = 0;
+        for image in manifest.images() {
+            let map = ImageMap::load(&store, image).await.with_context(|| format!("image {image}"))?;
+            frames.extend(map.frames());
+            pages += map.pages().len();
+        }
+        frames.sort_unstable();
+        frames.dedup();
+        let lack = store.lack(&frames).await?;
+        let bar = ui.bytes("verifying", lack.bytes);
+        store.prefetch(&frames, &|bytes| bar.inc(bytes)).await?;
+        bar.finish_and_clear();
+        let index = store.counters.index_fetched.load(Ordering::Relaxed);
+        let value = serde_json::json!({
+            "reference": self.reference.to_string(), "digest": digest, "key": detail.manifest.key, "frames": frames.len(),
+            "pages": pages, "bytes": lack.bytes, "index_bytes": index, "sound": true,
+        });
+        ui.data(&value, |ui| {
+            ui.line(format!(
+                "{} is sound: signed by {}, {} frames ({}) and {pages} pages match the manifest",
+                self.reference,
+                detail.manifest.key.short(),
+                frames.len(),
+                ByteSize(lack.bytes)
+            ));
+        });
+        Ok(())
+    }
+}
+
+/// Bind a publisher to another key, because you know that it is right
+///
+/// This is for the plane; each host that pinned the old key needs `collective host trust` as well, unless the
+/// publisher signed the change with its old key.
+///
+/// Example: collective trust demo 3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29
+#[derive(Debug, clap::Args)]
+pub struct Trust {
+    publisher: Name,
+    /// 64 hexadecimal digits
+    key: PublicKey,
+}
+
+impl Trust {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let path = format!("/v1/publishers/{}/key", self.publisher);
+        let () = client.post(&path, &KeyUpdate::Trust(self.key)).await?;
+        ui.hint(format!("publisher \"{}\" is now bound to key {}", self.publisher, self.key.short()));
+        Ok(())
+    }
+}

@@ -1,0 +1,298 @@
+//! `collective publish`: cut, compare with what is published, upload what is new, sign.
+//!
+//! Interrupted at any instant, it is simply repeated: packs are made the same way again, those that arrived are not
+//! sent again, and the version becomes visible with its manifest, which comes last.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, anyhow, bail};
+use collective_api::{ApplianceView, ChannelHead, Client, PublishVersion, VersionDetail, VersionView};
+use collective_keys::{ChannelPointer, Kind, Signed, SigningKey};
+use collective_maker::{PreparedDisk, open_disks, read_recipe};
+use collective_model::{
+    ApplianceName, ByteSize, Digest, Disk, Hardware, MANIFEST_FORMAT, Manifest, Name, Recipe, Timestamp, VersionName,
+};
+use collective_store::pack::Pack;
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher, Summary};
+use indicatif::ProgressBar;
+use tokio::runtime::Handle;
+
+use crate::connect::{cache_dir, config_dir};
+use crate::ui::Ui;
+
+/// Publish a version of an appliance
+///
+/// DIR has an appliance.toml and the disk files it names, as `collective build` makes them. Only blocks that no
+/// earlier version has are sent. The version is signed with the publisher's key, which is created on first use.
+///
+/// Example: collective publish appliances/notes/build/1
+#[derive(Debug, clap::Args)]
+pub struct Publish {
+    /// The folder with appliance.toml and the disk files
+    dir: PathBuf,
+    /// The channel that moves to this version
+    #[arg(long, default_value = "stable")]
+    channel: Name,
+    /// The version's name, in place of the one in appliance.toml
+    #[arg(long = "as", value_name = "VERSION")]
+    version: Option<VersionName>,
+}
+
+impl Publish {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let recipe = read_recipe(&self.dir)?;
+        let version = self.version.clone().or_else(|| recipe.version.clone());
+        let version = version.ok_or_else(|| {
+            anyhow!("{} names no version: add `version = \"1\"` or use --as", self.dir.join("appliance.toml").display())
+        })?;
+        let appliance = recipe.appliance();
+        let (key, created) = SigningKey::load_or_create(&key_path(&recipe.publisher))?;
+        if created {
+            let path = key_path(&recipe.publisher);
+            ui.hint(format!("made a key for publisher \"{}\": {} (keep a copy)", recipe.publisher, path.display()));
+        }
+        let disks = open_disks(&self.dir, &recipe)?;
+        for (disk, note) in disks.iter().flat_map(|d| d.content.iter().flat_map(move |c| c.notes.iter().map(move |n| (d, n)))) {
+            ui.hint(format!("disk \"{}\": {note}", disk.disk.name));
+        }
+        let published = find(client, &appliance).await?;
+        let known = known_blocks(ui, client, &appliance, published.as_ref()).await?;
+        let uploads = Uploads::new(client, &appliance)?;
+        let bar = ui.bytes("reading", disks.iter().map(|disk| disk.size).sum());
+        let (images, packs, summary) = cut(known, disks, uploads.clone(), bar).await?;
+        let manifest = manifest(&recipe, &version, images);
+        manifest.check()?;
+        let signed = self.sign(client, manifest, &key, published.as_ref()).await?;
+        let digest = signed.digest();
+        let view: VersionView = client
+            .post(&format!("/v1/appliances/{appliance}/versions"), &PublishVersion { manifest: signed, packs })
+            .await?;
+        self.move_channel(client, &appliance, digest, &key).await?;
+        show(ui, &appliance, &view, &self.channel, &summary, uploads.sent.load(Ordering::Relaxed));
+        Ok(())
+    }
+
+    /// The signed manifest; the very same one where this content is published under this name already.
+    async fn sign(
+        &self,
+        client: &Client,
+        manifest: Manifest,
+        key: &SigningKey,
+        published: Option<&ApplianceView>,
+    ) -> Result<Signed> {
+        let same = published.and_then(|view| view.versions.iter().find(|known| known.version == manifest.version));
+        if let Some(same) = same {
+            let detail: VersionDetail = client.get(&format!("/v1/versions/{}", same.digest)).await?;
+            let old = Manifest::parse(detail.manifest.payload.as_bytes())?;
+            if old == (Manifest { created: old.created, ..manifest.clone() }) && detail.manifest.key == key.public() {
+                return Ok(detail.manifest);
+            }
+        }
+        Ok(Signed::sign_json(Kind::Manifest, &manifest, key)?)
+    }
+
+    async fn move_channel(&self, client: &Client, appliance: &ApplianceName, to: Digest, key: &SigningKey) -> Result<()> {
+        let path = format!("/v1/appliances/{appliance}/channels/{}", self.channel);
+        let serial = match client.get::<ChannelHead>(&path).await {
+            Ok(head) => {
+                let now: ChannelPointer = head.pointer.verified_json(Kind::Channel)?;
+                if now.version == to {
+                    return Ok(());
+                }
+                now.serial + 1
+            }
+            Err(error) if error.status() == Some(404) => 1,
+            Err(error) => return Err(error.into()),
+        };
+        let pointer = ChannelPointer {
+            appliance: appliance.clone(),
+            channel: self.channel.clone(),
+            serial,
+            version: to,
+            created: Timestamp::now(),
+        };
+        let () = client.put(&path, &Signed::sign_json(Kind::Channel, &pointer, key)?).await?;
+        Ok(())
+    }
+}
+
+fn show(ui: &Ui, appliance: &ApplianceName, view: &VersionView, channel: &Name, summary: &Summary, sent: u64) {
+    let value = serde_json::json!({
+        "appliance": appliance, "version": view.version, "digest": view.digest, "channel": channel,
+        "disk_bytes": summary.disk_bytes, "used_bytes": summary.used_bytes, "new_bytes": summary.new_bytes,
+        "stored_bytes": summary.stored_bytes, "index_bytes": summary.index_bytes, "sent_bytes": sent,
+    });
+    ui.data(&value, |ui| {
+        ui.line(format!("published {appliance}:{} ({}), channel {channel}", view.version, view.digest.short()));
+        ui.line(format!(
+            "  {} of disks, {} in use, {} new, {} to store and {} of index; {} sent",
+            ByteSize(summary.disk_bytes),
+            ByteSize(summary.used_bytes),
+            ByteSize(summary.new_bytes),
+            ByteSize(summary.stored_bytes),
+            ByteSize(summary.index_bytes),
+            ByteSize(sent)
+        ));
+    });
+    ui.hint(format!("next: collective launch {appliance}"));
+}
+
+pub(super) fn key_path(publisher: &Name) -> PathBuf {
+    config_dir().join("keys").join(format!("{publisher}.key"))
+}
+
+async fn find(client: &Client, appliance: &ApplianceName) -> Result<Option<ApplianceView>> {
+    let views: Vec<ApplianceView> = client.get(&format!("/v1/appliances?query={appliance}")).await?;
+    Ok(views.into_iter().find(|view| view.appliance == *appliance))
+}
+
+fn manifest(recipe: &Recipe, version: &VersionName, disks: Vec<Disk>) -> Manifest {
+    Manifest {
+        format: MANIFEST_FORMAT,
+        appliance: recipe.appliance(),
+        version: version.clone(),
+        created: Timestamp::now(),
+        summary: recipe.summary.clone(),
+        hardware: Hardware {
+            cpus: recipe.hardware.cpus,
+            memory: recipe.hardware.memory,
+            firmware: recipe.hardware.firmware,
+            display: recipe.hardware.display,
+        },
+        disks,
+        ports: recipe.ports.clone(),
+        health: recipe.health.clone(),
+        settings: recipe.settings.clone(),
+        cloud_init: recipe.cloud_init.clone(),
+        ssh: recipe.ssh.clone(),
+    }
+}
+
+/// What the newest version has, read back and verified, or remembered from when it was.
+async fn known_blocks(
+    ui: &Ui,
+    client: &Client,
+    appliance: &ApplianceName,
+    published: Option<&ApplianceView>,
+) -> Result<KnownBlocks> {
+    let mut known = KnownBlocks::default();
+    let Some(newest) = published.and_then(|view| view.versions.first()) else { return Ok(known) };
+    let detail: VersionDetail = client.get(&format!("/v1/versions/{}", newest.digest)).await?;
+    let bar = ui.bytes("comparing", detail.packs.iter().map(|pack| pack.size).sum());
+    for pack in &detail.packs {
+        let path = hashes_path(&pack.digest);
+        let remembered = std::fs::read(&path).ok().and_then(|bytes| PackHashes::decode(&bytes));
+        let hashes = match remembered {
+            Some(hashes) => hashes,
+            None => {
+                let url = format!("/v1/appliances/{appliance}/packs/{}", pack.digest);
+                let bytes = client.get_range(&url, 0..pack.size).await?;
+                if Digest::of(&bytes) != pack.digest {
+                    bail!("pack {} came back damaged from the store; run `collective verify {appliance}`", pack.digest);
+                }
+                let hashes = PackHashes::of(&bytes).with_context(|| format!("pack {}", pack.digest))?;
+                remember(&path, &hashes);
+                hashes
+            }
+        };
+        known.learn(&pack.digest, &hashes);
+        bar.inc(pack.size);
+    }
+    bar.finish_and_clear();
+    Ok(known)
+}
+
+fn hashes_path(pack: &Digest) -> PathBuf {
+    cache_dir().join("blocks").join(pack.to_string())
+}
+
+/// Only saves time later, so a failure is no failure.
+fn remember(path: &Path, hashes: &PackHashes) {
+    let part = path.with_extension(format!("part{}", std::process::id()));
+    let write = || -> io::Result<()> {
+        std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+        std::fs::write(&part, hashes.encode())?;
+        std::fs::rename(&part, path)
+    };
+    if let Err(error) = write() {
+        tracing::debug!(%error, "block hashes cannot be remembered");
+    }
+}
+
+/// Sends packs while the next ones are being made.
+#[derive(Clone)]
+struct Uploads {
+    client: Arc<Client>,
+    appliance: ApplianceName,
+    runtime: Handle,
+    sent: Arc<AtomicU64>,
+}
+
+impl Uploads {
+    fn new(client: &Client, appliance: &ApplianceName) -> Result<Self> {
+        Ok(Self {
+            client: Arc::new(client.another()),
+            appliance: appliance.clone(),
+            runtime: Handle::current(),
+            sent: Arc::default(),
+        })
+    }
+
+    async fn send(&self, pack: Pack) -> Result<()> {
+        let path = format!("/v1/appliances/{}/packs/{}", self.appliance, pack.digest);
+        if self.client.get::<u64>(&path).await.is_ok_and(|size| size == pack.bytes.len() as u64) {
+            return Ok(());
+        }
+        let size = pack.bytes.len() as u64;
+        let hashes = PackHashes::of(&pack.bytes)?;
+        self.client.put_bytes(&path, pack.bytes.into()).await?;
+        remember(&hashes_path(&pack.digest), &hashes);
+        self.sent.fetch_add(size, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl PackSink for Uploads {
+    fn put(&mut self, pack: Pack) -> io::Result<()> {
+        self.runtime.block_on(self.send(pack)).map_err(|error| io::Error::other(format!("{error:#}")))
+    }
+}
+
+/// Cuts all disks on a thread of its own; the packs go out as they are full.
+async fn cut(
+    known: KnownBlocks,
+    disks: Vec<PreparedDisk>,
+    mut uploads: Uploads,
+    bar: ProgressBar,
+) -> Result<(Vec<Disk>, Vec<Digest>, Summary)> {
+    let work = move || -> Result<_> {
+        let mut publisher = Publisher::new(known, &mut uploads);
+        let mut images = Vec::new();
+        let mut before = 0;
+        for prepared in disks {
+            let image = match &prepared.content {
+                None => None,
+                Some(content) => {
+                    let progress = |done: u64| bar.set_position(before + done);
+                    let image = publisher.add(&content.file, &content.unused, &progress);
+                    Some(image.with_context(|| format!("cannot publish disk \"{}\"", prepared.disk.name))?)
+                }
+            };
+            before += prepared.size;
+            images.push(Disk {
+                name: prepared.disk.name,
+                role: prepared.disk.role,
+                writes: prepared.disk.writes,
+                size: ByteSize(prepared.size),
+                image,
+            });
+        }
+        let (packs, summary) = publisher.finish().context("cannot finish the upload")?;
+        bar.finish_and_clear();
+        Ok((images, packs, summary))
+    };
+    tokio::task::spawn_blocking(work).await?
+}

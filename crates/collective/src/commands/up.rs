@@ -1,0 +1,267 @@
+//! `collective up`, `down`, `status`: a plane and a host in one process.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use collective_api::{Client, Endpoint, HostView, JoinAnswer, JoinRequest, PlaneStatus};
+use collective_host::create_folder;
+use collective_model::{ByteSize, Name};
+use collective_plane::{Listening, Plane, PlaneConfig};
+use serde::{Deserialize, Serialize};
+
+use super::hosts::{HostOptions, serve_host};
+use crate::connect::{default_data, socket};
+use crate::credentials::{self, Credentials};
+use crate::ui::Ui;
+
+/// How long a detached daemon may take until it answers.
+const UP_LIMIT: Duration = Duration::from_secs(30);
+
+/// Start a plane and a host in one process
+///
+/// Guests that ran when it last ended are adopted, or started again. As an ordinary user everything works but what
+/// only root can do: QEMU then runs as the same user in place of one of its own for each instance.
+///
+/// Example: collective up --detach
+#[derive(Debug, clap::Args)]
+pub struct Up {
+    /// Where everything is kept [default: /var/lib/collective, or ~/.local/share/collective]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Let hosts and users of other machines in, by TLS, on this address
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<SocketAddr>,
+    /// What tokens tell others to connect to, where it differs from --listen
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Return when it is up
+    #[arg(long)]
+    detach: bool,
+    #[command(flatten)]
+    host: HostOptions,
+}
+
+/// What `down` and `status` need to know.
+#[derive(Serialize, Deserialize)]
+struct Running {
+    pid: u32,
+    listen: Option<String>,
+}
+
+fn running_path(data: &Path) -> PathBuf {
+    data.join("up.json")
+}
+
+impl Up {
+    pub async fn run(self, ui: &Ui) -> Result<()> {
+        let data = self.data.clone().unwrap_or_else(default_data);
+        create_folder(&data, 0o711).with_context(|| format!("cannot create {}", data.display()))?;
+        let data = data.canonicalize().with_context(|| format!("cannot enter {}", data.display()))?;
+        if Client::new(Endpoint::Unix(socket(&data)), None).get::<PlaneStatus>("/v1/status").await.is_ok() {
+            bail!("it is up already in {}; `collective status` shows how it is", data.display());
+        }
+        if self.detach { detach(ui, &data).await } else { self.serve(ui, &data).await }
+    }
+
+    async fn serve(self, ui: &Ui, data: &Path) -> Result<()> {
+        let tcp = match self.listen {
+            Some(address) => {
+                let bound = tokio::net::TcpListener::bind(address).await;
+                Some(bound.with_context(|| format!("cannot listen on {address}; end what uses it, or choose another port"))?)
+            }
+            None => None,
+        };
+        let bound = tcp.as_ref().map(|tcp| tcp.local_addr()).transpose()?.map(|address| address.to_string());
+        let listen = self.advertise.clone().or(bound);
+        let (plane, tls) = Plane::open(&PlaneConfig { data: data.join("plane"), address: listen.clone() }).await?;
+        let listening = Listening { socket: socket(data), tcp };
+        let plane = tokio::spawn(collective_plane::serve(plane, tls, listening));
+        collective_host::write_json(&running_path(data), &Running { pid: std::process::id(), listen: listen.clone() })?;
+        let client = Client::new(Endpoint::Unix(socket(data)), None);
+        wait_for(&client).await?;
+        let host_data = data.join("host");
+        let credentials = local_credentials(&client, data, &host_data, self.host.name.clone()).await?;
+        ui.hint(format!("plane and host \"{}\" are up in {}", credentials.name, data.display()));
+        if let Some(listen) = &listen {
+            ui.hint(format!("others reach it at {listen}; `collective token create` lets them in"));
+        }
+        let host = serve_host(ui, host_data, self.host);
+        let stop = stop_signal()?;
+        let result = tokio::select! {
+            result = host => result,
+            result = plane => Err(match result {
+                Ok(Err(error)) => error.into(),
+                _ => anyhow!("the plane ended by itself"),
+            }),
+            () = stop => {
+                ui.hint("going down; guests go on, and are adopted at the next start");
+                Ok(())
+            }
+        };
+        let _ = std::fs::remove_file(running_path(data));
+        let _ = std::fs::remove_file(socket(data));
+        result
+    }
+}
+
+/// Ends on SIGTERM or Ctrl-C.
+pub(super) fn stop_signal() -> Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+async fn wait_for(client: &Client) -> Result<()> {
+    let answered = async {
+        while client.get::<PlaneStatus>("/v1/status").await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(UP_LIMIT, answered).await.context("the plane does not answer on its own socket")
+}
+
+/// The host of the same process joins by the local socket, once.
+async fn local_credentials(client: &Client, data: &Path, host_data: &Path, name: Option<Name>) -> Result<Credentials> {
+    create_folder(host_data, 0o711)?;
+    let path = credentials::path(host_data);
+    if let Some(known) = Credentials::load(&path)? {
+        return Ok(known);
+    }
+    let name = name.map_or_else(super::hosts::machine_name, Ok)?;
+    let answer: JoinAnswer = client.post("/v1/hosts/join", &JoinRequest { name: name.clone() }).await?;
+    let credentials =
+        Credentials { name, secret: answer.secret, socket: Some(socket(data)), address: None, fingerprint: None };
+    credentials.save(&path)?;
+    Ok(credentials)
+}
+
+/// Runs the same command in the background and waits until it answers.
+async fn detach(ui: &Ui, data: &Path) -> Result<()> {
+    let log_path = data.join("up.log");
+    let log = std::fs::File::options().create(true).append(true).open(&log_path)?;
+    let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--detach");
+    let mut child = tokio::process::Command::new(std::env::current_exe()?)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .process_group(0)
+        .kill_on_drop(false)
+        .spawn()?;
+    let client = Client::new(Endpoint::Unix(socket(data)), None);
+    let up = async {
+        loop {
+            let status = client.get::<PlaneStatus>("/v1/status").await;
+            if let Ok(status) = status
+                && status.hosts.iter().any(|host| host.reachable)
+            {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+    };
+    let failed = |why: &str| {
+        let text = std::fs::read_to_string(&log_path).unwrap_or_default();
+        let last: Vec<_> = text.lines().rev().take(3).collect();
+        let last: Vec<_> = last.into_iter().rev().collect();
+        anyhow!("{why}; {} ends with: {}", log_path.display(), last.join(" | "))
+    };
+    tokio::select! {
+        status = up => {
+            show(ui, &status);
+            Ok(())
+        }
+        ended = child.wait() => Err(failed(&format!("it ended at once ({})", ended?))),
+        () = tokio::time::sleep(UP_LIMIT) => Err(failed("it did not answer in time")),
+    }
+}
+
+/// End the plane and host that `up` started; guests go on
+///
+/// Example: collective down --stop-instances
+#[derive(Debug, clap::Args)]
+pub struct Down {
+    /// The folder of `up`
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Shut the guests down first
+    #[arg(long)]
+    stop_instances: bool,
+}
+
+impl Down {
+    pub async fn run(self, ui: &Ui) -> Result<()> {
+        let data = self.data.clone().unwrap_or_else(default_data);
+        let running: Option<Running> = collective_host::read_json(&running_path(&data))?;
+        let Some(running) = running else {
+            ui.hint(format!("it is not up in {}", data.display()));
+            return Ok(());
+        };
+        if self.stop_instances {
+            let client = Client::new(Endpoint::Unix(socket(&data)), None);
+            super::lifecycle::stop_all(ui, &client).await?;
+        }
+        let comm = std::fs::read_to_string(format!("/proc/{}/comm", running.pid)).unwrap_or_default();
+        let process = rustix::process::Pid::from_raw(running.pid as i32);
+        if let Some(process) = process.filter(|_| comm.trim() == "collective") {
+            rustix::process::kill_process(process, rustix::process::Signal::TERM)?;
+            let gone = async {
+                while rustix::process::test_kill_process(process).is_ok() && running_path(&data).exists() {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            tokio::time::timeout(UP_LIMIT, gone).await.context("it did not end in time")?;
+        } else {
+            let _ = std::fs::remove_file(running_path(&data));
+        }
+        ui.hint(if self.stop_instances { "down" } else { "down; guests go on, and are adopted at the next `up`" });
+        Ok(())
+    }
+}
+
+/// Show the plane and its hosts
+///
+/// Example: collective status
+#[derive(Debug, clap::Args)]
+pub struct Status {}
+
+impl Status {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let status: PlaneStatus = client.get("/v1/status").await?;
+        show(ui, &status);
+        Ok(())
+    }
+}
+
+fn show(ui: &Ui, status: &PlaneStatus) {
+    ui.data(status, |ui| {
+        let listen = status.listen.as_deref().unwrap_or("this machine only");
+        ui.line(format!("plane {}, {} instances, reached from {listen}", status.version, status.instances));
+        status.hosts.iter().for_each(|host| show_host(ui, host));
+    });
+}
+
+fn show_host(ui: &Ui, host: &HostView) {
+    let reach = if host.reachable { "up" } else { "does not answer" };
+    let facts = host.facts.as_ref().map(|facts| {
+        format!(
+            ", {} cpus, {} of memory, {}, cache {}",
+            facts.cpus,
+            ByteSize(facts.memory),
+            facts.accelerator,
+            ByteSize(facts.cache_bytes)
+        )
+    });
+    ui.line(format!("host {}: {reach}, {} instances{}", host.name, host.instances, facts.unwrap_or_default()));
+    for warning in host.facts.iter().flat_map(|facts| &facts.warnings) {
+        ui.line(format!("  warning: {warning}"));
+    }
+}
