@@ -139,27 +139,20 @@ impl Client {
         path: &str,
         body: &impl Serialize,
     ) -> Result<T, ClientError> {
-        let body = serde_json::to_vec(body)
-            .map_err(|e| ClientError::Answer { path: path.to_owned(), why: e.to_string() })?;
+        let body =
+            serde_json::to_vec(body).map_err(|e| ClientError::Answer { path: path.to_owned(), why: e.to_string() })?;
         self.json(path, self.send(method, path, None, body.into()).await?)
     }
 
     fn json<T: DeserializeOwned>(&self, path: &str, bytes: Bytes) -> Result<T, ClientError> {
-        serde_json::from_slice(&bytes)
-            .map_err(|e| ClientError::Answer { path: path.to_owned(), why: e.to_string() })
+        serde_json::from_slice(&bytes).map_err(|e| ClientError::Answer { path: path.to_owned(), why: e.to_string() })
     }
 
     fn broken(&self, why: impl ToString) -> ClientError {
         ClientError::Broken { endpoint: self.endpoint.clone(), why: why.to_string() }
     }
 
-    async fn send(
-        &self,
-        method: Method,
-        path: &str,
-        range: Option<String>,
-        body: Bytes,
-    ) -> Result<Bytes, ClientError> {
+    async fn send(&self, method: Method, path: &str, range: Option<String>, body: Bytes) -> Result<Bytes, ClientError> {
         let mut request = Request::builder().method(method).uri(path).header(HOST, "collective");
         if !body.is_empty() {
             request = request.header(CONTENT_TYPE, "application/json");

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use collective_keys::{PublicKey, Signed};
 use collective_model::{
-    ApplianceName, ByteSize, Digest, InstanceId, Name, Observed, Operation, OperationId, OperationState, PublishedPort, Spec, Timestamp, VersionName,
+    ApplianceName, ByteSize, Digest, InstanceId, Name, Observed, Operation, OperationId, OperationState, PublishedPort,
+    Spec, Timestamp, VersionName,
 };
 use collective_store::PackInfo;
 use serde::{Deserialize, Serialize};

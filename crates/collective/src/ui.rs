@@ -65,7 +65,8 @@ impl Ui {
 
     /// A bar that counts bytes; hidden where nobody looks.
     pub fn bytes(&self, what: &str, total: u64) -> ProgressBar {
-        let style = ProgressStyle::with_template("{msg} {bar:30} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left");
+        let style =
+            ProgressStyle::with_template("{msg} {bar:30} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left");
         let bar = ProgressBar::with_draw_target(Some(total), self.target());
         bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(what.to_owned())
     }

@@ -63,7 +63,8 @@ pub async fn run(config: HostConfig, client: Arc<Client>) -> Result<(), HostErro
     let cache = Cache::open(&data.join("cache")).map_err(folder)?;
     let store = Arc::new(PlaneStore::new(client.clone(), &data.join("versions")));
     let context = Arc::new(Context::new(config, store, cache).map_err(folder)?);
-    let mut daemon = Daemon { context: context.clone(), client: client.clone(), instances: HashMap::new(), next_user: 0 };
+    let mut daemon =
+        Daemon { context: context.clone(), client: client.clone(), instances: HashMap::new(), next_user: 0 };
     daemon.take_up_instances().map_err(folder)?;
     tokio::join!(daemon.follow_orders(), report(&context, &client), keep_cache(&context));
     drop(lock_file);
@@ -170,6 +171,8 @@ impl Daemon {
 
 async fn report(context: &Context, client: &Client) {
     let mut unheard = false;
+    // The plane places nothing on a host that has not told its facts.
+    context.outbox.filled.notify_one();
     loop {
         let waited = tokio::time::timeout(REPORT_EVERY, context.outbox.filled.notified());
         let _ = waited.await;

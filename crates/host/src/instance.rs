@@ -232,7 +232,8 @@ impl Instance {
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         self.note_images();
         let config = self.run_config(&manifest, ordered, open_ports).map_err(|e| format!("cannot prepare it: {e}"))?;
-        seed::write(&config.seed, &self.record.spec, &manifest).map_err(|e| format!("cannot write its seed disk: {e}"))?;
+        seed::write(&config.seed, &self.record.spec, &manifest)
+            .map_err(|e| format!("cannot write its seed disk: {e}"))?;
         if let Some((uid, gid)) = config.user {
             let give = |path: &Path| std::os::unix::fs::chown(path, Some(uid), Some(gid));
             let given = give(&config.seed).and_then(|()| config.uefi_vars.as_deref().map_or(Ok(()), give));
@@ -321,7 +322,8 @@ impl Instance {
         let path = guarded.join("uefi-vars.fd");
         if !path.exists() {
             let template = OVMF_VARS.iter().find(|path| Path::new(path).exists());
-            let template = template.ok_or_else(|| std::io::Error::other("no OVMF firmware is installed; install the package ovmf"))?;
+            let template = template
+                .ok_or_else(|| std::io::Error::other("no OVMF firmware is installed; install the package ovmf"))?;
             std::fs::copy(template, &path)?;
         }
         Ok(path)
@@ -337,7 +339,8 @@ impl Instance {
             Ok(status) => self.note_status(status),
             Err(link::LinkError::Refused(why)) => tracing::warn!(why, "the runner refuses to tell its status"),
             Err(link::LinkError::Silent(_)) => {
-                let alive = self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &self.run_dir.to_string_lossy()));
+                let alive =
+                    self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &self.run_dir.to_string_lossy()));
                 if !alive {
                     let end = link::end(&self.run_dir).unwrap_or_else(|| RunEnd {
                         kind: EndKind::Crashed,
@@ -411,7 +414,10 @@ impl Instance {
         self.crashes += 1;
         self.event("crashed", message.clone());
         if self.crashes > MAX_CRASHES {
-            self.give_up(format!("it crashed {} times in a row and is not started again by itself: {message}", self.crashes));
+            self.give_up(format!(
+                "it crashed {} times in a row and is not started again by itself: {message}",
+                self.crashes
+            ));
             return;
         }
         self.record.last_error = Some(message);
@@ -552,7 +558,9 @@ impl Instance {
     pub(crate) fn publish(&self) {
         let observed = self.observed();
         let mut all = lock(&self.context.outbox.observed);
-        let same = all.get(&observed.id).is_some_and(|old| Observed { observed_at: observed.observed_at, ..old.clone() } == observed);
+        let same = all
+            .get(&observed.id)
+            .is_some_and(|old| Observed { observed_at: observed.observed_at, ..old.clone() } == observed);
         all.insert(observed.id.clone(), observed);
         if !same {
             self.context.outbox.filled.notify_one();

@@ -212,9 +212,13 @@ impl Record {
         id
     }
 
-    /// The checkpoint that `rollback` goes to: the newest taken before an update.
-    pub fn rollback_target(&self) -> Option<&CheckpointRecord> {
-        self.checkpoints.iter().rev().find(|checkpoint| checkpoint.before_update)
+    /// The checkpoint that `rollback` goes to: the newest taken before an update away from it. Where only the system
+    /// went back, its data can still follow.
+    pub fn rollback_target(&self, with_data: bool) -> Option<&CheckpointRecord> {
+        let useful = |checkpoint: &&CheckpointRecord| {
+            checkpoint.before_update && (with_data || checkpoint.info.version != self.version)
+        };
+        self.checkpoints.iter().rev().find(useful)
     }
 
     /// Puts a checkpoint's disks in place of the present: all of them, or all but the data disks.
@@ -322,10 +326,14 @@ mod tests {
         let before = record.checkpoint("before update to 2".into(), true, &|_| 5);
         record.adopt_version(&manifest("2"), Digest::of(b"2"));
         record.prepare_start();
-        assert_eq!(layers(&record), [vec![4], vec![2, 5], vec![6]], "the old data layer is frozen, a new one takes writes");
+        assert_eq!(
+            layers(&record),
+            [vec![4], vec![2, 5], vec![6]],
+            "the old data layer is frozen, a new one takes writes"
+        );
         assert_eq!(record.disks[0].image.as_ref().unwrap().version, Digest::of(b"2"));
 
-        let target = record.rollback_target().unwrap().clone();
+        let target = record.rollback_target(false).unwrap().clone();
         assert_eq!(target.info.id, before);
         let mut system_only = record.clone();
         system_only.checkpoint("before rollback".into(), false, &|_| 0);
@@ -333,6 +341,8 @@ mod tests {
         system_only.prepare_start();
         assert_eq!(layers(&system_only)[..2], [vec![1, 7], vec![2, 5, 8]]);
         assert_eq!(system_only.version, Digest::of(b"1"));
+        assert!(system_only.rollback_target(false).is_none(), "there is no older version");
+        assert!(system_only.rollback_target(true).is_some(), "its data can still go back");
 
         record.checkpoint("failed".into(), false, &|_| 0);
         record.restore(&target, true);

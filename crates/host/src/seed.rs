@@ -25,9 +25,9 @@ pub fn write(path: &Path, spec: &Spec, manifest: &Manifest) -> io::Result<()> {
 }
 
 fn files(spec: &Spec, manifest: &Manifest, settings: &BTreeMap<String, String>) -> Vec<SeedFile> {
-    let shell = settings.iter().map(|(key, value)| {
-        format!("SETTING_{}='{}'\n", key.to_uppercase(), value.replace('\'', r"'\''"))
-    });
+    let shell = settings
+        .iter()
+        .map(|(key, value)| format!("SETTING_{}='{}'\n", key.to_uppercase(), value.replace('\'', r"'\''")));
     let keys: String = spec.authorized_keys.iter().map(|key| format!("{key}\n")).collect();
     let json = serde_json::to_vec(settings).unwrap_or_default();
     vec![

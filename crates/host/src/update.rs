@@ -103,8 +103,7 @@ impl Instance {
         let needs = self.needs(to).await.map_err(|e| format!("cannot update: {e}"))?;
         let target = needs.manifest.version.clone();
         if to == self.record.version {
-            let result =
-                UpdateResult { updated: true, from, to: target, bytes_fetched: 0, closed_ms: 0, why: None };
+            let result = UpdateResult { updated: true, from, to: target, bytes_fetched: 0, closed_ms: 0, why: None };
             return serde_json::to_value(result).map_err(|e| e.to_string());
         }
         let bytes_fetched = self.fetch(id, &needs).await?;
@@ -139,8 +138,12 @@ impl Instance {
             }
         };
         let fetched = needs.frames.prefetch(&needs.digests, &progress).await;
-        let fetched = fetched.map_err(|e| format!("cannot fetch version {}: {e}; nothing was changed", needs.manifest.version))?;
-        self.context.cache.sync().map_err(|e| format!("cannot make the fetched frames durable: {e}; nothing was changed"))?;
+        let fetched = fetched
+            .map_err(|e| format!("cannot fetch version {}: {e}; nothing was changed", needs.manifest.version))?;
+        self.context
+            .cache
+            .sync()
+            .map_err(|e| format!("cannot make the fetched frames durable: {e}; nothing was changed"))?;
         tell(total);
         Ok(fetched)
     }
@@ -220,7 +223,9 @@ impl Instance {
                 let probe = status.probe_output.clone().unwrap_or_else(|| "no probe was answered".into());
                 match status.health {
                     HealthState::Healthy => break,
-                    HealthState::Unhealthy => return Err(format!("it did not become healthy within its limit: {probe}")),
+                    HealthState::Unhealthy => {
+                        return Err(format!("it did not become healthy within its limit: {probe}"));
+                    }
                     HealthState::Unknown if running && begun.elapsed() > GATE_WITHOUT_CHECK => break,
                     _ if !running && status.waiting.is_none() && begun.elapsed() > START_LIMIT => {
                         return Err("its machine did not start in time".into());
@@ -271,8 +276,8 @@ impl Instance {
 
     /// Goes back to the state before the last update.
     pub(crate) async fn roll_back(&mut self, with_data: bool) -> Result<Value, String> {
-        let target = self.record.rollback_target().cloned();
-        let target = target.ok_or("there is nothing to go back to: no update was made since the instance was created")?;
+        let target = self.record.rollback_target(with_data).cloned();
+        let target = target.ok_or("there is nothing to go back to: no update was made, or it went back already")?;
         let (from, to) = (self.version_name(), target.info.version_name.clone());
         self.trigger(Trigger::Restore);
         if self.record.runner_pid.is_some() {
@@ -280,9 +285,11 @@ impl Instance {
         }
         let kept = self.freeze(format!("before rollback to {to}"), false);
         self.record.restore(&target, with_data);
-        self.record.checkpoints.retain(|checkpoint| checkpoint.info.id != target.info.id);
         let what = if with_data { "system and data" } else { "the system; data stays as it is" };
-        self.event("rolled-back", format!("went back from {from} to {to}: {what}; checkpoint {} keeps what was", kept.0));
+        self.event(
+            "rolled-back",
+            format!("went back from {from} to {to}: {what}; checkpoint {} keeps what was", kept.0),
+        );
         self.set_state(State::Stopped);
         if self.record.spec.on {
             self.start(true).await;

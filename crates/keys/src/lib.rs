@@ -17,7 +17,7 @@ use std::str::FromStr;
 use ed25519_dalek::{Signer, Verifier};
 use serde::{Deserialize, Serialize};
 
-pub use signed::{ChannelPointer, KeyChange, Kind, MAX_SIGNED_BYTES, Signed, SignatureError};
+pub use signed::{ChannelPointer, KeyChange, Kind, MAX_SIGNED_BYTES, SignatureError, Signed};
 pub use trust::{Pins, TrustError};
 
 /// A key that signs. It never leaves its file and this process.

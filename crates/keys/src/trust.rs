@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use collective_model::Name;
 use serde::{Deserialize, Serialize};
 
-use crate::{KeyChange, Kind, PublicKey, Signed, SignatureError};
+use crate::{KeyChange, Kind, PublicKey, SignatureError, Signed};
 
 /// The keys that one place (a plane, a host) believes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -51,9 +51,7 @@ pub struct Reference {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseNameError {
     /// Not a [`Name`].
-    #[error(
-        "\"{0}\" is not a name: use 1 to 63 of a-z, 0-9, \"-\", \"_\" and \".\", starting with a letter or digit"
-    )]
+    #[error("\"{0}\" is not a name: use 1 to 63 of a-z, 0-9, \"-\", \"_\" and \".\", starting with a letter or digit")]
     Name(String),
     /// Not a [`VersionName`].
     #[error(
@@ -73,20 +71,14 @@ fn shown(text: &str) -> String {
 }
 
 fn well_formed(text: &str, allowed: impl Fn(u8) -> bool) -> bool {
-    (1..=63).contains(&text.len())
-        && text.as_bytes()[0].is_ascii_alphanumeric()
-        && text.bytes().all(allowed)
+    (1..=63).contains(&text.len()) && text.as_bytes()[0].is_ascii_alphanumeric() && text.bytes().all(allowed)
 }
 
 impl FromStr for Name {
     type Err = ParseNameError;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
-        if well_formed(text, allowed) {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(ParseNameError::Name(shown(text)))
-        }
+        if well_formed(text, allowed) { Ok(Self(text.to_owned())) } else { Err(ParseNameError::Name(shown(text))) }
     }
 }
 
@@ -104,9 +96,7 @@ impl FromStr for VersionName {
 impl FromStr for ApplianceName {
     type Err = ParseNameError;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (publisher, name) = text
-            .split_once('/')
-            .ok_or_else(|| ParseNameError::Appliance(shown(text)))?;
+        let (publisher, name) = text.split_once('/').ok_or_else(|| ParseNameError::Appliance(shown(text)))?;
         Ok(Self { publisher: publisher.parse()?, name: name.parse()? })
     }
 }

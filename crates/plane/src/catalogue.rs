@@ -164,7 +164,9 @@ impl Plane {
     pub(crate) async fn resolve(&self, reference: &Reference) -> Answer<VersionRow> {
         let appliance = &reference.appliance;
         let found = match &reference.selector {
-            Selector::Digest(digest) => self.database().version(digest).await?.filter(|row| row.appliance == *appliance),
+            Selector::Digest(digest) => {
+                self.database().version(digest).await?.filter(|row| row.appliance == *appliance)
+            }
             Selector::Default => self.labelled(appliance, "stable").await?,
             Selector::Label(label) => self.labelled(appliance, label.as_str()).await?,
         };

@@ -234,7 +234,9 @@ impl Database {
         if let Some(token) = token {
             let query = sqlx::query("DELETE FROM tokens WHERE hash = ? AND kind = 'join'");
             if query.bind(token.to_string()).execute(&mut *transaction).await?.rows_affected() == 0 {
-                return Err(Failure::forbidden("this join token was used already; make another with `collective token create`"));
+                return Err(Failure::forbidden(
+                    "this join token was used already; make another with `collective token create`",
+                ));
             }
         }
         transaction.commit().await?;
@@ -351,7 +353,9 @@ impl Database {
     }
 
     pub async fn insert_operation(&self, operation: &Operation) -> Answer<()> {
-        let query = sqlx::query("INSERT INTO operations(id, instance, operation, state, final, created) VALUES(?, ?, ?, ?, 0, ?)");
+        let query = sqlx::query(
+            "INSERT INTO operations(id, instance, operation, state, final, created) VALUES(?, ?, ?, ?, 0, ?)",
+        );
         query
             .bind(operation.id.as_str())
             .bind(operation.instance.as_str())

@@ -29,7 +29,9 @@ impl Plane {
             .find(|(word, _)| *word == kind)
             .ok_or_else(|| Failure::invalid(format!("\"{kind}\" is not a kind of token: use join or user")))?;
         let (address, fingerprint) = self.inner.public.clone().ok_or_else(|| {
-            Failure::invalid("this plane listens on this machine only; start it with `collective up --listen ADDR:PORT`")
+            Failure::invalid(
+                "this plane listens on this machine only; start it with `collective up --listen ADDR:PORT`",
+            )
         })?;
         let secret = random_secret()?;
         self.database().insert_token(&Digest::of(secret.as_bytes()), word).await?;
@@ -40,7 +42,9 @@ impl Plane {
     pub(crate) async fn join(&self, name: &Name, token: Option<&Digest>) -> Answer<JoinAnswer> {
         let secret = random_secret()?;
         if !self.database().join(name, &Digest::of(secret.as_bytes()), token).await? {
-            return Err(Failure::conflict(format!("a host named \"{name}\" has joined already; choose another --name")));
+            return Err(Failure::conflict(format!(
+                "a host named \"{name}\" has joined already; choose another --name"
+            )));
         }
         self.state_changed();
         Ok(JoinAnswer { secret })

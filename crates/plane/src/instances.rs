@@ -83,7 +83,7 @@ impl Plane {
             let claimed: i64 = mine.map(claimed).sum();
             let total = host.facts.as_ref().map_or(0, |facts| facts.memory as i64);
             Candidate {
-                reachable: is_reachable(host.seen),
+                reachable: is_reachable(host.seen) && host.facts.is_some(),
                 free_memory: total - HOST_MEMORY - claimed,
                 cpus: host.facts.as_ref().map_or(0, |facts| facts.cpus),
                 instances: host.instances,
@@ -193,7 +193,8 @@ impl Plane {
         }
         if !patch.settings.is_empty() {
             let version = self.database().version(&row.spec.version).await?;
-            let version = version.ok_or_else(|| Failure::internal("the instance's version is not published any more"))?;
+            let version =
+                version.ok_or_else(|| Failure::internal("the instance's version is not published any more"))?;
             row.spec.settings.extend(patch.settings);
             manifest_of(&version)?.settings_with(&row.spec.settings).map_err(Failure::invalid)?;
         }

@@ -64,7 +64,8 @@ mod tests {
 
     #[test]
     fn the_emptiest_that_fits() {
-        let hosts = [host("a", false, 9999, 0), host("b", true, 100, 0), host("c", true, 999, 5), host("d", true, 999, 3)];
+        let hosts =
+            [host("a", false, 9999, 0), host("b", true, 100, 0), host("c", true, 999, 5), host("d", true, 999, 3)];
         assert_eq!(place(&hosts, 512 << 20, 1).unwrap().as_str(), "d");
         let error = place(&hosts, 2000 << 20, 1).unwrap_err();
         assert!(error.contains("\"a\" does not answer") && error.contains("999 MiB"), "{error}");

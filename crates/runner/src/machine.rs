@@ -329,7 +329,8 @@ fn note(shared: &Shared, event: vmm::Event, retry: Option<Instant>) -> Option<In
     match event {
         vmm::Event::BlockError { device, nospace, reason, .. } => {
             let what = if nospace { "the host's disk is full" } else { "a disk request failed" };
-            shared.status().paused = Some(format!("{what} ({device}: {reason}); free space, the guest goes on by itself"));
+            shared.status().paused =
+                Some(format!("{what} ({device}: {reason}); free space, the guest goes on by itself"));
             Some(Instant::now() + RETRY_PAUSED)
         }
         vmm::Event::Resumed => {

@@ -50,7 +50,8 @@ pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAdd
 async fn probe(at: SocketAddr, probe: &HttpProbe) -> Result<(), String> {
     let answer = request(at, &probe.path).await.map_err(|error| error.to_string())?;
     let answer = String::from_utf8_lossy(&answer);
-    let status = answer.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)).and_then(|code| code.parse::<u16>().ok());
+    let status =
+        answer.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)).and_then(|code| code.parse::<u16>().ok());
     match status {
         Some(status) if probe.status == status => Ok(()),
         Some(status) => Err(format!("answered {status} in place of {}: {}", probe.status, shown(&answer))),
@@ -66,7 +67,8 @@ fn shown(answer: &str) -> String {
 
 async fn request(at: SocketAddr, path: &str) -> std::io::Result<Vec<u8>> {
     let mut stream = TcpStream::connect(at).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: collective\r\nConnection: close\r\n\r\n");
+    let request =
+        format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: collective\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.take(4096).read_to_end(&mut answer).await?;

@@ -1,7 +1,7 @@
 //! What the tasks of a runner share: its status, and the orders that come in.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use collective_model::run::{PROTOCOL, Phase, RunConfig, RunStatus};
 use collective_store::fetch::FrameStore;

@@ -92,9 +92,7 @@ impl Depot {
             }
             pack::verify(&checked).map_err(|source| DepotError::Unsound { pack, source })
         });
-        check.await.map_err(|panic| {
-            DepotError::Backend(object_store::Error::JoinError { source: panic })
-        })??;
+        check.await.map_err(|panic| DepotError::Backend(object_store::Error::JoinError { source: panic }))??;
         let options = PutOptions { mode: PutMode::Create, ..Default::default() };
         match self.objects.put_opts(&Self::key(appliance, &pack), PutPayload::from_bytes(bytes), options).await {
             Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
@@ -112,12 +110,7 @@ impl Depot {
     }
 
     /// Some bytes of a pack.
-    pub async fn read(
-        &self,
-        appliance: &ApplianceName,
-        pack: &Digest,
-        range: Range<u64>,
-    ) -> Result<Bytes, DepotError> {
+    pub async fn read(&self, appliance: &ApplianceName, pack: &Digest, range: Range<u64>) -> Result<Bytes, DepotError> {
         let size = self.pack_size(appliance, pack).await?;
         if range.start >= range.end || range.end > size {
             return Err(DepotError::Range(range));

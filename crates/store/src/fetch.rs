@@ -257,7 +257,12 @@ impl FrameStore {
     }
 
     /// Verifies and keeps what came; the second part says whether it could be kept.
-    fn accept(&self, pack: &Digest, entry: &Entry, stored: &[u8]) -> Result<(Vec<u8>, std::io::Result<()>), FetchError> {
+    fn accept(
+        &self,
+        pack: &Digest,
+        entry: &Entry,
+        stored: &[u8],
+    ) -> Result<(Vec<u8>, std::io::Result<()>), FetchError> {
         let content = decode(&entry.digest, entry.encoding, stored, entry.length as usize)
             .map_err(|source| FetchError::Damaged { frame: entry.digest, pack: *pack, source })?;
         let counter = match entry.kind {

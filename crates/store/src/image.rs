@@ -59,7 +59,8 @@ impl ImageMap {
             let pages = map.fetch_level(store, &level).await?;
             let mut below = Vec::new();
             for ((index, digest), bytes) in level.iter().zip(pages) {
-                let node = Node::decode(&bytes, remaining).map_err(|e| FetchError::Page { page: *digest, source: e })?;
+                let node =
+                    Node::decode(&bytes, remaining).map_err(|e| FetchError::Page { page: *digest, source: e })?;
                 below.extend(node.children.iter().map(|(slot, child)| (index * FANOUT + u64::from(*slot), *child)));
             }
             level = below;

@@ -208,12 +208,8 @@ impl Leaf {
         let mut extents = Vec::with_capacity(extent_count);
         let mut free_from = 0;
         for _ in 0..extent_count {
-            let extent = LeafExtent {
-                first: reader.u16()?,
-                blocks: reader.u16()?,
-                frame: reader.u16()?,
-                offset: reader.u16()?,
-            };
+            let extent =
+                LeafExtent { first: reader.u16()?, blocks: reader.u16()?, frame: reader.u16()?, offset: reader.u16()? };
             let frame_blocks = frames.get(usize::from(extent.frame)).ok_or(PageError("an extent without a frame"))?.1;
             let end = u32::from(extent.first) + u32::from(extent.blocks);
             if extent.blocks == 0 || u32::from(extent.first) < free_from || u64::from(end) > LEAF_BLOCKS {

@@ -281,8 +281,7 @@ impl<'a> Publisher<'a> {
     /// Compresses the frames that wait, on all cores, and packs them in their order.
     fn flush_frames(&mut self) -> io::Result<()> {
         let waiting = std::mem::take(&mut self.waiting);
-        let done: Vec<_> =
-            waiting.par_iter().map(|(_, content)| (Digest::of(content), encode(content))).collect();
+        let done: Vec<_> = waiting.par_iter().map(|(_, content)| (Digest::of(content), encode(content))).collect();
         for ((frame, content), (digest, (encoding, stored))) in waiting.iter().zip(done) {
             self.known.frames[*frame as usize] = (digest, (content.len() / BLOCK as usize) as u16);
             self.summary.stored_bytes += stored.len() as u64;

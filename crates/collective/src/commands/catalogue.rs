@@ -45,7 +45,9 @@ impl Search {
 /// Percent-encodes a query value (RFC 3986).
 pub(super) fn escape(text: &str) -> String {
     let byte = |b: u8| match b {
-        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b':' | b'@' => char::from(b).to_string(),
+        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b':' | b'@' => {
+            char::from(b).to_string()
+        }
         _ => format!("%{b:02X}"),
     };
     text.bytes().map(byte).collect()
@@ -81,7 +83,12 @@ impl Show {
             ui.line(format!("  digest    {}", detail.manifest.digest()));
             ui.line(format!("  signed by {}", detail.manifest.key));
             ui.line(format!("  published {}", manifest.created));
-            ui.line(format!("  machine   {} cpus, {} MiB, {:?}", hardware.cpus, hardware.memory.0 >> 20, hardware.firmware));
+            ui.line(format!(
+                "  machine   {} cpus, {} MiB, {:?}",
+                hardware.cpus,
+                hardware.memory.0 >> 20,
+                hardware.firmware
+            ));
             for disk in &manifest.disks {
                 let role = format!("{:?}", disk.role).to_lowercase();
                 ui.line(format!("  disk      {} ({role}), {}", disk.name, ByteSize(disk.size.0)));
@@ -91,7 +98,10 @@ impl Show {
             }
             if let Some(health) = &manifest.health {
                 let http = &health.http;
-                ui.line(format!("  healthy   GET :{}{} answers {} within {}", http.port, http.path, http.status, health.limit));
+                ui.line(format!(
+                    "  healthy   GET :{}{} answers {} within {}",
+                    http.port, http.path, http.status, health.limit
+                ));
             }
             for (key, setting) in &manifest.settings {
                 let default = setting.default.as_deref().map(|value| format!(" = {value:?}")).unwrap_or_default();

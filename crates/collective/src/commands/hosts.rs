@@ -236,7 +236,9 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
     };
     let mut warnings: Vec<String> = qemu.warning.into_iter().collect();
     if !rustix::process::geteuid().is_root() {
-        warnings.push("not root: all instances run as the same user, so one that breaks out of QEMU reaches the others".into());
+        warnings.push(
+            "not root: all instances run as the same user, so one that breaks out of QEMU reaches the others".into(),
+        );
     } else if let Some(closed) = collective_host::first_closed_folder(&data) {
         return Err(anyhow!(
             "QEMU runs as a user of its own for each instance, and {} keeps it out; choose another --data, or `chmod o+x` it",

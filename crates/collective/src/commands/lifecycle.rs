@@ -104,7 +104,9 @@ impl Delete {
         let result = operate(ui, client, &self.name, &OperationRequest::Delete { data: self.data }).await?;
         ui.data(&result, |ui| {
             ui.line(match result["kept"].as_str() {
-                Some(kept) => format!("{} is removed; its data disks are kept on host \"{}\" in {kept}", self.name, view.host),
+                Some(kept) => {
+                    format!("{} is removed; its data disks are kept on host \"{}\" in {kept}", self.name, view.host)
+                }
                 None => format!("{} is removed", self.name),
             });
         });

@@ -183,8 +183,7 @@ mod tests {
         let command = Cli::command();
         command.clone().debug_assert();
         for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
-            let leaves: Vec<_> =
-                if sub.has_subcommands() { sub.get_subcommands().collect() } else { vec![sub] };
+            let leaves: Vec<_> = if sub.has_subcommands() { sub.get_subcommands().collect() } else { vec![sub] };
             for leaf in leaves {
                 let help = leaf.get_long_about().map(ToString::to_string).unwrap_or_default();
                 assert!(help.contains("Example: collective "), "{} {}", sub.get_name(), leaf.get_name());

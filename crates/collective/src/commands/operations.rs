@@ -134,7 +134,12 @@ impl Rollback {
             let text = |key: &str| result[key].as_str().unwrap_or_default().to_owned();
             let data = if self.with_data { "system and data" } else { "the system only" };
             let kept = &result["kept_as_checkpoint"];
-            ui.line(format!("{} is back from {} on {}: {data}; checkpoint {kept} keeps what was", self.name, text("from"), text("to")));
+            ui.line(format!(
+                "{} is back from {} on {}: {data}; checkpoint {kept} keeps what was",
+                self.name,
+                text("from"),
+                text("to")
+            ));
         });
         Ok(())
     }

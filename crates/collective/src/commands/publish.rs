@@ -55,7 +55,9 @@ impl Publish {
             ui.hint(format!("made a key for publisher \"{}\": {} (keep a copy)", recipe.publisher, path.display()));
         }
         let disks = open_disks(&self.dir, &recipe)?;
-        for (disk, note) in disks.iter().flat_map(|d| d.content.iter().flat_map(move |c| c.notes.iter().map(move |n| (d, n)))) {
+        for (disk, note) in
+            disks.iter().flat_map(|d| d.content.iter().flat_map(move |c| c.notes.iter().map(move |n| (d, n))))
+        {
             ui.hint(format!("disk \"{}\": {note}", disk.disk.name));
         }
         let published = find(client, &appliance).await?;
@@ -94,7 +96,13 @@ impl Publish {
         Ok(Signed::sign_json(Kind::Manifest, &manifest, key)?)
     }
 
-    async fn move_channel(&self, client: &Client, appliance: &ApplianceName, to: Digest, key: &SigningKey) -> Result<()> {
+    async fn move_channel(
+        &self,
+        client: &Client,
+        appliance: &ApplianceName,
+        to: Digest,
+        key: &SigningKey,
+    ) -> Result<()> {
         let path = format!("/v1/appliances/{appliance}/channels/{}", self.channel);
         let serial = match client.get::<ChannelHead>(&path).await {
             Ok(head) => {

@@ -35,7 +35,9 @@ impl Set {
             let size = || value.parse::<ByteSize>().with_context(|| key.clone());
             match key.as_str() {
                 "memory" => change.memory = Some(size()?),
-                "cpus" => change.cpus = Some(value.parse().map_err(|_| anyhow!("cpus takes a number, not \"{value}\""))?),
+                "cpus" => {
+                    change.cpus = Some(value.parse().map_err(|_| anyhow!("cpus takes a number, not \"{value}\""))?)
+                }
                 key => match key.strip_prefix("disk.") {
                     Some(disk) => _ = change.disk_sizes.insert(disk.parse()?, size()?),
                     None => _ = change.settings.insert(key.to_owned(), value),

@@ -67,13 +67,16 @@ impl Up {
     }
 
     async fn serve(self, ui: &Ui, data: &Path) -> Result<()> {
-        let tcp = match self.listen {
-            Some(address) => {
-                let bound = tokio::net::TcpListener::bind(address).await;
-                Some(bound.with_context(|| format!("cannot listen on {address}; end what uses it, or choose another port"))?)
-            }
-            None => None,
-        };
+        let tcp =
+            match self.listen {
+                Some(address) => {
+                    let bound = tokio::net::TcpListener::bind(address).await;
+                    Some(bound.with_context(|| {
+                        format!("cannot listen on {address}; end what uses it, or choose another port")
+                    })?)
+                }
+                None => None,
+            };
         let bound = tcp.as_ref().map(|tcp| tcp.local_addr()).transpose()?.map(|address| address.to_string());
         let listen = self.advertise.clone().or(bound);
         let (plane, tls) = Plane::open(&PlaneConfig { data: data.join("plane"), address: listen.clone() }).await?;
@@ -161,7 +164,7 @@ async fn detach(ui: &Ui, data: &Path) -> Result<()> {
         loop {
             let status = client.get::<PlaneStatus>("/v1/status").await;
             if let Ok(status) = status
-                && status.hosts.iter().any(|host| host.reachable)
+                && status.hosts.iter().any(|host| host.reachable && host.facts.is_some())
             {
                 return status;
             }

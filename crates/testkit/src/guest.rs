@@ -1,0 +1,94 @@
+//! The tiny guest: built once per checkout, spoken to by HTTP.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::eventually;
+
+/// The folder of a built version of `tests/guests/tiny`, ready for `collective publish`. `scratch` is a folder that
+/// stays between test runs, such as cargo's own for tests.
+pub fn tiny(program: impl AsRef<Path>, scratch: &str, version: &str) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests/tiny");
+    let folder = Path::new(scratch).join("tiny");
+    std::fs::create_dir_all(&folder).expect("a folder for the tiny guest");
+    let lock = std::fs::File::create(folder.join("lock")).expect("a lock");
+    lock.lock().expect("a lock");
+    let mut current = String::new();
+    let mut names: Vec<_> = std::fs::read_dir(&source).expect("the recipe").flatten().collect();
+    names.sort_by_key(|entry| entry.file_name());
+    for entry in names.iter().filter(|entry| entry.path().is_file()) {
+        let bytes = std::fs::read(entry.path()).expect("the recipe");
+        current += &format!("{:?} {}\n", entry.file_name(), String::from_utf8_lossy(&bytes));
+    }
+    let stamp = folder.join("stamp");
+    if std::fs::read_to_string(&stamp).ok().as_deref() != Some(&current) {
+        for entry in names.iter().filter(|entry| entry.path().is_file()) {
+            std::fs::copy(entry.path(), folder.join(entry.file_name())).expect("a copy of the recipe");
+        }
+        // A broken version is waited for in the tests, so its limit is short; a boot takes 10 s with one CPU emulated.
+        let path = folder.join("appliance.toml");
+        let text = std::fs::read_to_string(&path).expect("the recipe");
+        let limited = |line: &str| if line.starts_with("limit") { "limit = \"45s\"".into() } else { line.to_owned() };
+        let text: Vec<String> = text.lines().map(limited).collect();
+        std::fs::write(&path, text.join("\n")).expect("the recipe");
+        let output = Command::new(program.as_ref()).arg("build").arg(&folder).output().expect("the program runs");
+        assert!(output.status.success(), "the tiny guest is built: {}", String::from_utf8_lossy(&output.stderr));
+        std::fs::write(&stamp, current).expect("a stamp");
+    }
+    folder.join("build").join(version)
+}
+
+/// A running tiny guest, by its published port.
+pub struct Guest {
+    /// The port on 127.0.0.1.
+    pub port: u16,
+}
+
+impl Guest {
+    /// One request; `None` if nobody answers.
+    pub fn request(&self, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
+        let length = body.len();
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nHost: guest\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
+        stream.write_all(head.as_bytes()).ok()?;
+        stream.write_all(body.as_bytes()).ok()?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).ok()?;
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        let status = answer.split(' ').nth(1)?.parse().ok()?;
+        let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned())?;
+        Some((status, body))
+    }
+
+    /// GET that must be answered 200.
+    #[track_caller]
+    pub fn get(&self, path: &str) -> String {
+        let (status, body) = self.request("GET", path, "").unwrap_or_else(|| panic!("GET {path}: nobody answers"));
+        assert_eq!(status, 200, "GET {path}: {body}");
+        body.trim_end().to_owned()
+    }
+
+    /// PUT that must be answered 201: the guest synced it to its disk.
+    #[track_caller]
+    pub fn put(&self, path: &str, body: &str) {
+        let (status, answer) = self.request("PUT", path, body).unwrap_or_else(|| panic!("PUT {path}: nobody answers"));
+        assert_eq!(status, 201, "PUT {path}: {answer}");
+    }
+
+    /// Waits until it answers.
+    #[track_caller]
+    pub fn answers(&self) {
+        let answered = || self.request("GET", "/health", "").filter(|(status, _)| *status == 200);
+        eventually("the guest answers", Duration::from_secs(120), answered);
+    }
+
+    /// Whether nobody answers on its port.
+    pub fn is_closed(&self) -> bool {
+        TcpStream::connect(("127.0.0.1", self.port)).is_err()
+    }
+}

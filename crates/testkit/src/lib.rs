@@ -1,0 +1,27 @@
+//! For tests only: whole fleets in a temporary directory, links that can be slowed and cut, and a guest that boots in
+//! seconds. Every process a fleet starts is ended by its own pid when the fleet is dropped.
+
+#![forbid(unsafe_code)]
+
+mod fleet;
+mod guest;
+mod link;
+
+pub use fleet::{Fleet, Outcome, free_port};
+pub use guest::{Guest, tiny};
+pub use link::Link;
+
+use std::time::{Duration, Instant};
+
+/// Waits until `condition` gives something; panics with `what` when `limit` is over.
+#[track_caller]
+pub fn eventually<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = condition() {
+            return found;
+        }
+        assert!(begun.elapsed() < limit, "{what}: not within {limit:?}");
+        std::thread::park_timeout(Duration::from_millis(30));
+    }
+}
