@@ -1,0 +1,27 @@
+# What people type. Everything that is needed is installed by deploy/install-deps, and nothing if it is there.
+
+CARGO ?= cargo
+export CARGO_TERM_COLOR ?= auto
+
+.PHONY: demo demo-stop test lint install
+
+demo:            ## the main job on a real Debian appliance
+	deploy/install-deps demo
+	$(CARGO) build --release --bin collective
+	deploy/demo target/release/collective
+
+demo-stop:       ## ends what `make demo` left running and removes it
+	deploy/demo-stop target/release/collective
+
+test: lint       ## everything that is tested, with real QEMU
+	deploy/install-deps test
+	$(CARGO) test --workspace --exclude collective
+	$(CARGO) test -p collective -- --test-threads 2
+
+lint:            ## format and clippy
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+install:         ## the program into /usr/local/bin
+	$(CARGO) build --release --bin collective
+	install -m 755 target/release/collective /usr/local/bin/collective
