@@ -461,7 +461,8 @@ impl Instance {
 
     async fn delete(&mut self, data: bool) -> Result<serde_json::Value, String> {
         if self.record.state.is_live() {
-            self.stop(STOP_LIMIT).await;
+            // What is thrown away need not be shut down with care.
+            self.stop(if data { Duration::from_secs(1) } else { STOP_LIMIT }).await;
         }
         self.clear_leftovers().await;
         self.set_state(State::Deleting);

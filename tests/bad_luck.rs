@@ -1,0 +1,151 @@
+//! Bad luck: daemons, planes, runners and whole hosts die at the worst time; links break; nothing acknowledged is lost.
+
+use std::time::Duration;
+
+use collective_testkit::{Fleet, Guest, Link, eventually, free_port, tiny};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
+const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+const LONG: Duration = Duration::from_secs(120);
+
+fn publish(fleet: &Fleet, version: &str) {
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, version).to_string_lossy()]);
+}
+
+fn kill(pid: i32) {
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+fn launch(fleet: &Fleet, name: &str, host: &str) -> Guest {
+    let port = free_port();
+    fleet.ok(&["launch", "test/tiny:1", "--name", name, "--host", host, "--publish", &format!("{port}:80")]);
+    Guest { port }
+}
+
+#[test]
+fn guests_outlive_daemon_and_plane_and_a_dead_runner_is_a_power_cut() {
+    let mut fleet = Fleet::start(PROGRAM);
+    publish(&fleet, "1");
+    let guest = launch(&fleet, "n", "a");
+    fleet.wait("n", "healthy");
+    guest.put("/notes/kept", "acknowledged");
+    let qemu = fleet.qemu_pid("n");
+
+    // Plane and host daemon die together; the guest answers, commands say what is wrong.
+    fleet.kill_up();
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+    let error = fleet.fails(&["list"]);
+    assert!(error.contains("cannot reach the plane") && error.contains("collective up"), "{error}");
+    fleet.up();
+    fleet.wait("n", "healthy");
+    assert_eq!(fleet.qemu_pid("n"), qemu, "the same machine was adopted");
+    guest.put("/notes/again", "after adoption");
+
+    // The runner dies: QEMU with it, and the guest starts again as after a power cut.
+    kill(fleet.runner_pid("n"));
+    eventually("the crash is noticed", LONG, || fleet.ok(&["history", "n"]).contains("crashed").then_some(()));
+    eventually("another machine runs", LONG, || (fleet.info("n")["state"] == "running").then_some(()));
+    fleet.wait("n", "healthy");
+    assert_ne!(fleet.qemu_pid("n"), qemu);
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+    assert_eq!(guest.get("/notes/again"), "after adoption");
+
+    // The guest powers itself off: it stays off, and starts when asked.
+    fleet.ok(&["stop", "n"]);
+    assert!(guest.is_closed());
+    fleet.ok(&["start", "n"]);
+    guest.answers();
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+}
+
+#[test]
+fn a_power_cut_in_the_middle_of_an_update_leaves_one_consistent_side() {
+    let mut fleet = Fleet::start(PROGRAM);
+    publish(&fleet, "1");
+    let guest = launch(&fleet, "n", "a");
+    fleet.wait("n", "healthy");
+    publish(&fleet, "2");
+    // Before, around and after the point of no return.
+    for (round, moment) in ["updating", "starting-new", "plain"].into_iter().enumerate() {
+        guest.put(&format!("/notes/round-{round}"), moment);
+        let target = if fleet.info("n")["version"] == "1" { "2" } else { "1" };
+        let mut update = fleet.spawn(&["update", "n", "--to", target]);
+        eventually("the update begins", LONG, || match moment {
+            "updating" => (fleet.info("n")["state"] == "updating").then_some(()),
+            "starting-new" => (fleet.info("n")["version"] == target).then_some(()),
+            _ => Some(()),
+        });
+        fleet.kill_everything();
+        update.wait().unwrap();
+        fleet.up();
+        eventually("the update ends", LONG, || {
+            let info = fleet.info("n");
+            let idle = info["operations"].as_array().unwrap().is_empty();
+            (idle && info["state"] == "running" && info["ports"][0]["open"] == true).then_some(())
+        });
+        guest.answers();
+        let info = fleet.info("n");
+        assert_eq!(guest.get("/version"), info["version"].as_str().unwrap(), "{info}");
+        for earlier in 0..=round {
+            guest.get(&format!("/notes/round-{earlier}"));
+        }
+    }
+}
+
+#[test]
+fn a_lazy_launch_waits_for_a_store_that_is_away() {
+    let mut fleet = Fleet::start(PROGRAM);
+    let link: Link = fleet.join_over_link("b");
+    publish(&fleet, "1");
+    // 18 MB at this rate take 12 s, so the link is cut while most of it is missing.
+    link.slow(1_500_000);
+    let guest = launch(&fleet, "n", "b");
+    fleet.wait("n", "running");
+    link.cut();
+    let carried = link.carried();
+    assert!(carried < 10_000_000, "{carried}");
+    // Nobody can tell the plane; the host itself goes on, and its guest waits.
+    let serial_before = fleet.serial("n");
+    link.mend();
+    link.slow(0);
+    fleet.wait("n", "healthy");
+    guest.answers();
+    assert!(fleet.serial("n").len() >= serial_before.len());
+    eventually("everything is fetched", LONG, || (fleet.info("n")["frames_missing"] == 0).then_some(()));
+
+    // Now that everything is here, neither store nor plane are needed to start.
+    fleet.ok(&["stop", "n"]);
+    fleet.ok(&["start", "n"]);
+    guest.answers();
+    link.cut();
+    kill(fleet.runner_pid("n"));
+    eventually("the guest is back without the plane", LONG, || guest.request("GET", "/health", "").map(drop));
+    guest.put("/notes/alone", "written while the plane was away");
+    assert_eq!(guest.get("/notes/alone"), "written while the plane was away");
+    link.mend();
+}
+
+#[test]
+fn publish_killed_at_any_instant_is_repeated() {
+    let fleet = Fleet::start(PROGRAM);
+    let folder = tiny(PROGRAM, SCRATCH, "1");
+    let folder = folder.to_string_lossy();
+    for pause in [5u64, 20, 60, 120, 200, 300, 450, 700] {
+        let begun = std::time::Instant::now();
+        let mut child = fleet.spawn(&["publish", &folder]);
+        while begun.elapsed() < Duration::from_millis(pause) && child.try_wait().unwrap().is_none() {
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        let _ = child.kill();
+        child.wait().unwrap();
+        // Either nothing can be seen, or all of it is there.
+        let shown = fleet.run(&["show", "test/tiny:1"]);
+        if shown.code == Some(0) {
+            assert_eq!(fleet.json(&["verify", "test/tiny:1"])["sound"], true);
+        }
+    }
+    fleet.ok(&["publish", &folder]);
+    assert_eq!(fleet.json(&["verify", "test/tiny"])["sound"], true);
+    assert_eq!(fleet.json(&["search"])[0]["versions"].as_array().unwrap().len(), 1);
+}
