@@ -399,8 +399,8 @@ impl Instance {
         }
         match end.kind {
             EndKind::Clean | EndKind::Forced | EndKind::GuestOff => {
-                self.event("stopped", end.message);
                 self.set_state(State::Stopped);
+                self.event("stopped", end.message);
             }
             EndKind::NotStarted => self.give_up(format!("cannot start: {}", end.message)),
             EndKind::Crashed => self.crashed(end.message),
@@ -412,16 +412,18 @@ impl Instance {
             self.crashes = 0;
         }
         self.crashes += 1;
-        self.event("crashed", message.clone());
         if self.crashes > MAX_CRASHES {
+            self.event("crashed", message.clone());
             self.give_up(format!(
                 "it crashed {} times in a row and is not started again by itself: {message}",
                 self.crashes
             ));
             return;
         }
-        self.record.last_error = Some(message);
+        self.record.last_error = Some(message.clone());
+        // The state first: who reads of the crash must not see a machine that still runs.
         self.trigger(Trigger::Crash);
+        self.event("crashed", message);
         let pause = Duration::from_secs(1 << (self.crashes - 1));
         self.retry_at = Some(Instant::now() + pause);
     }
@@ -548,10 +550,12 @@ impl Instance {
         self.context.outbox.filled.notify_one();
     }
 
-    /// The plane may have missed some; it knows which it has.
-    fn resend_events(&self) {
+    /// The plane may have missed some; it knows which it has. The file is ahead of the record after a crash.
+    fn resend_events(&mut self) {
         let text = std::fs::read_to_string(self.folder.join("events.jsonl")).unwrap_or_default();
         let events: Vec<Event> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let used = events.iter().map(|event| event.serial + 1).max().unwrap_or(1);
+        self.record.next_event = self.record.next_event.max(used);
         lock(&self.context.outbox.events).extend(events);
     }
 
