@@ -57,7 +57,10 @@ fn unknown_things_and_taken_names() {
     says(&fleet.fails(&["wait", "n", "--for", "running"]), &[&port, "publish another port"]);
     assert_eq!(fleet.info("n")["state"], "failed");
     says(&fleet.fails(&["launch", "p/app", "--name", "n"]), &["\"n\" is taken"]);
-    says(&fleet.fails(&["launch", "p/app", "--name", "m", "--publish", &format!("{port}:80")]), &["taken by instance \"n\""]);
+    says(
+        &fleet.fails(&["launch", "p/app", "--name", "m", "--publish", &format!("{port}:80")]),
+        &["taken by instance \"n\""],
+    );
     drop(listener);
     fleet.ok(&["start", "n"]);
     assert_eq!(fleet.info("n")["state"], "running");
@@ -101,7 +104,8 @@ fn a_qcow2_that_names_another_file_is_refused() {
         .unwrap();
     assert!(output.success());
     says(&fleet.fails(&["publish", &folder]), &["refers to another file"]);
-    let output = std::process::Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("1M").status();
+    let output =
+        std::process::Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("1M").status();
     assert!(output.unwrap().success());
     fleet.ok(&["publish", &folder]);
 }

@@ -249,6 +249,11 @@ pub enum OperationRequest {
     },
     /// Stop and start.
     Restart,
+    /// Read the end of the serial console.
+    Logs {
+        /// At most this many lines.
+        lines: u32,
+    },
     /// Remove.
     Delete {
         /// Data too.

@@ -1,6 +1,6 @@
 //! One instance: the task that alone changes its record, starts and stops its runner, and carries out its orders.
 
-use std::io::Write;
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +29,8 @@ const MAX_CRASHES: u32 = 5;
 const STEADY: Duration = Duration::from_secs(600);
 /// The first of the user ids for QEMU; nothing else on a machine uses these.
 const FIRST_USER: u32 = 1_600_000_000;
+/// No more than this of a console's log is sent, in bytes.
+const MAX_LOG_BYTES: u64 = 256 << 10;
 /// Where Debian and Ubuntu keep the template of UEFI variables.
 const OVMF_VARS: [&str; 2] = ["/usr/share/OVMF/OVMF_VARS_4M.fd", "/usr/share/OVMF/OVMF_VARS.fd"];
 
@@ -169,6 +171,7 @@ impl Instance {
             OperationKind::Update { to } => self.update(&id, to).await,
             OperationKind::Rollback { with_data } => self.roll_back(with_data).await,
             OperationKind::Restart => self.restart().await,
+            OperationKind::Logs { lines } => self.logs(lines),
             OperationKind::Delete { data } => self.delete(data).await,
         };
         let state = match result {
@@ -195,6 +198,16 @@ impl Instance {
         self.crashes = 0;
         self.start(true).await;
         Ok(serde_json::json!({ "stopped": self.record.last_stop }))
+    }
+
+    /// The end of the guest's serial console.
+    fn logs(&self, lines: u32) -> Result<serde_json::Value, String> {
+        let path = self.run_dir.join("q/serial.log");
+        let text = read_end(&path, MAX_LOG_BYTES).map_err(|e| format!("cannot read the console's log: {e}"))?;
+        let text = String::from_utf8_lossy(&text);
+        let all: Vec<&str> = text.lines().collect();
+        let shown = &all[all.len().saturating_sub(lines as usize)..];
+        Ok(serde_json::json!({ "lines": shown }))
     }
 
     /// Starts the runner. What fails is in `last_error`, and the state says so.
@@ -617,6 +630,19 @@ impl Instance {
     pub(crate) async fn manifest(&self, version: &Digest) -> Result<collective_model::Manifest, String> {
         self.context.manifest(version).await
     }
+}
+
+/// The last bytes of a file; nothing if there is no such file yet.
+fn read_end(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
+    let mut file = match std::fs::File::open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        opened => opened?,
+    };
+    let length = file.metadata()?.len();
+    file.seek(std::io::SeekFrom::Start(length.saturating_sub(most)))?;
+    let mut bytes = Vec::new();
+    file.take(most).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// This machine's memory in bytes.

@@ -196,6 +196,11 @@ pub enum OperationKind {
     },
     /// Stop and start.
     Restart,
+    /// Read the end of the guest's serial console.
+    Logs {
+        /// At most this many lines.
+        lines: u32,
+    },
     /// Remove the instance from the host.
     Delete {
         /// Whether its data disks go as well.
@@ -211,6 +216,7 @@ impl OperationKind {
             Self::Update { .. } => "update",
             Self::Rollback { .. } => "rollback",
             Self::Restart => "restart",
+            Self::Logs { .. } => "logs",
             Self::Delete { .. } => "delete",
         }
     }

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -22,7 +23,11 @@ pub struct Fleet {
     hosts: Vec<(String, Child)>,
     link: Option<Link>,
     extra: Vec<String>,
+    nobody: bool,
 }
+
+/// The user `nobody`.
+const NOBODY: u32 = 65534;
 
 /// What a command did.
 #[derive(Debug)]
@@ -47,17 +52,35 @@ impl Fleet {
         Self::start_with(program, &[])
     }
 
-    /// The same with more arguments for `up`.
+    /// The same as the user `nobody`; for tests that run as root.
+    pub fn start_as_nobody(program: impl AsRef<Path>) -> Self {
+        Self::new(program, &[], true)
+    }
+
+    /// The same as [`start`](Self::start) with more arguments for `up`.
     pub fn start_with(program: impl AsRef<Path>, extra: &[&str]) -> Self {
+        Self::new(program, extra, false)
+    }
+
+    fn new(program: impl AsRef<Path>, extra: &[&str], nobody: bool) -> Self {
         let dir = tempfile::Builder::new().prefix("cl-").tempdir().expect("a temporary directory");
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).expect("its mode");
+        let mut program = program.as_ref().to_owned();
+        if nobody {
+            // The build's folder may be closed to others.
+            std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).expect("its owner");
+            let copy = dir.path().join("collective");
+            std::fs::copy(&program, &copy).expect("a copy of the program");
+            program = copy;
+        }
         let mut fleet = Self {
             dir,
-            program: program.as_ref().to_owned(),
+            program,
             up: None,
             hosts: Vec::new(),
             link: None,
             extra: extra.iter().map(|text| (*text).to_owned()).collect(),
+            nobody,
         };
         fleet.up();
         fleet
@@ -81,7 +104,11 @@ impl Fleet {
             .env("COLLECTIVE_CACHE", self.file("cache"))
             .env_remove("COLLECTIVE_URL")
             .env_remove("COLLECTIVE_TOKEN")
+            .env("HOME", self.dir.path())
             .stdin(Stdio::null());
+        if self.nobody {
+            command.uid(NOBODY).gid(NOBODY);
+        }
         command
     }
 

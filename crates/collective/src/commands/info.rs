@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use collective_api::{Client, Event, InstanceView};
+use collective_api::{Client, Event, InstanceView, OperationRequest};
 use collective_model::{ByteSize, HealthState, Name, Span, State, Timestamp};
 use serde_json::{Value, json};
 
@@ -176,6 +176,58 @@ impl Ports {
             let rows: Vec<_> = view.spec.ports.iter().map(row).collect();
             table(ui, &["ADDRESS", "GUEST PORT", "STATE"], &rows);
         });
+        Ok(())
+    }
+}
+
+/// Show what the guest wrote to its serial console
+///
+/// Example: collective logs n --lines 50
+#[derive(Debug, clap::Args)]
+pub struct Logs {
+    name: Name,
+    /// At most this many of the last lines
+    #[arg(long, short = 'n', default_value_t = 200)]
+    lines: u32,
+}
+
+impl Logs {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let request = OperationRequest::Logs { lines: self.lines };
+        let result = super::operations::operate(ui, client, &self.name, &request).await?;
+        ui.data(&result, |ui| {
+            let lines = result["lines"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            // What a guest writes must not steer the terminal it is shown on.
+            lines.for_each(|line| ui.line(line.replace(|c: char| c.is_control() && c != '\t', "")));
+        });
+        Ok(())
+    }
+}
+
+/// Print the address of an instance's first published port, as a URL
+///
+/// Opens it in a browser where there is one.
+///
+/// Example: collective open n
+#[derive(Debug, clap::Args)]
+pub struct Open {
+    name: Name,
+}
+
+impl Open {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let view = super::instance(client, &self.name).await?;
+        let Some(port) = view.spec.ports.first() else {
+            bail!("{} publishes no port; launch it with --publish HOSTPORT:GUESTPORT", self.name);
+        };
+        if !view.observed.as_ref().is_some_and(|seen| seen.ports_open) {
+            bail!("the ports of {} are closed: it is {}", self.name, state_text(&view));
+        }
+        let url = format!("http://{}", std::net::SocketAddr::new(port.address, port.host));
+        ui.data(&json!({ "url": url }), |ui| ui.line(&url));
+        if std::env::var_os("DISPLAY").is_some() || std::env::var_os("WAYLAND_DISPLAY").is_some() {
+            let _ = std::process::Command::new("xdg-open").arg(&url).spawn();
+        }
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 mod build;
 mod catalogue;
+mod doctor;
 mod hosts;
 mod info;
 mod launch;
@@ -44,6 +45,7 @@ pub enum Command {
     Up(up::Up),
     Down(up::Down),
     Status(up::Status),
+    Doctor(doctor::Doctor),
     Build(build::Build),
     Publish(publish::Publish),
     Search(catalogue::Search),
@@ -57,6 +59,8 @@ pub enum Command {
     Ports(info::Ports),
     History(info::History),
     Wait(info::Wait),
+    Logs(info::Logs),
+    Open(info::Open),
     Start(lifecycle::Start),
     Stop(lifecycle::Stop),
     Restart(lifecycle::Restart),
@@ -92,6 +96,7 @@ impl Command {
             Self::Up(command) => command.run(ui).await.map(done),
             Self::Down(command) => command.run(ui).await.map(done),
             Self::Build(command) => command.run(ui).map(done),
+            Self::Doctor(command) => command.run(ui).await,
             Self::Runner(command) => command.run().await,
             Self::Completion(command) => command.run().map(done),
             Self::Version(command) => command.run(ui).map(done),
@@ -115,6 +120,8 @@ impl Command {
             Self::Ports(command) => command.run(ui, client).await?,
             Self::History(command) => command.run(ui, client).await?,
             Self::Wait(command) => command.run(ui, client).await?,
+            Self::Logs(command) => command.run(ui, client).await?,
+            Self::Open(command) => command.run(ui, client).await?,
             Self::Start(command) => command.run(ui, client).await?,
             Self::Stop(command) => command.run(ui, client).await?,
             Self::Restart(command) => command.run(ui, client).await?,
@@ -127,7 +134,7 @@ impl Command {
             Self::Update(command) => return command.run(ui, client).await,
             Self::Rollback(command) => command.run(ui, client).await?,
             Self::Token(command) => command.run(ui, client).await?,
-            Self::Up(_) | Self::Down(_) | Self::Build(_) | Self::Runner(_) => {}
+            Self::Up(_) | Self::Down(_) | Self::Build(_) | Self::Runner(_) | Self::Doctor(_) => {}
             Self::Completion(_) | Self::Version(_) | Self::Host(_) => {}
         }
         Ok(ExitCode::SUCCESS)
