@@ -73,6 +73,11 @@ pub fn config_dir() -> PathBuf {
     folder("COLLECTIVE_CONFIG", "XDG_CONFIG_HOME", ".config")
 }
 
+/// Units of an ordinary user.
+pub fn systemd_user_dir() -> PathBuf {
+    std::env::var_os("XDG_CONFIG_HOME").map_or_else(|| home().join(".config"), PathBuf::from).join("systemd/user")
+}
+
 /// What can be made anew.
 pub fn cache_dir() -> PathBuf {
     folder("COLLECTIVE_CACHE", "XDG_CACHE_HOME", ".cache")

@@ -83,11 +83,17 @@ impl Context {
         let mut pins = lock(&self.pins);
         *pins = read_json(&path).map_err(|e| e.to_string())?.unwrap_or_default();
         let before = pins.clone();
-        pins.apply_changes(publisher, &detail.key_changes).map_err(|e| refused(e.to_string()))?;
-        pins.accept(publisher, detail.manifest.key).map_err(|e| refused(e.to_string()))?;
+        // What was accepted once stays accepted: an instance must start whatever became of the key since.
+        let accepted = self.config.data.join("versions").join(format!("{version}.accepted"));
+        if accepted.exists() {
+            return Ok(manifest);
+        }
+        let changes = &detail.key_changes;
+        pins.accept_with_changes(publisher, detail.manifest.key, changes).map_err(|e| refused(e.to_string()))?;
         if *pins != before {
             write_json(&path, &*pins).map_err(|e| format!("cannot pin the publisher's key: {e}"))?;
         }
+        write_json(&accepted, &detail.manifest.key).map_err(|e| format!("cannot keep what was accepted: {e}"))?;
         Ok(manifest)
     }
 

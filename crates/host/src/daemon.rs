@@ -25,6 +25,8 @@ const ORDERS_WAIT_MS: u64 = 10_000;
 const AWAY_PAUSE: Duration = Duration::from_secs(1);
 /// How often the cache is looked at.
 const CACHE_EVERY: Duration = Duration::from_secs(30);
+/// A report carries at most this many events; the others come next.
+const EVENTS_AT_ONCE: usize = 200;
 /// Sockets below the data folder must stay within the kernel's 107 bytes.
 const MAX_DATA_PATH: usize = 60;
 
@@ -180,7 +182,7 @@ async fn report(context: &Context, client: &Client) {
             facts: facts(context),
             observed: lock(&context.outbox.observed).values().cloned().collect(),
             operations: lock(&context.outbox.operations).clone().into_iter().collect(),
-            events: lock(&context.outbox.events).clone(),
+            events: lock(&context.outbox.events).iter().take(EVENTS_AT_ONCE).cloned().collect(),
         };
         let sent: Result<(), ClientError> = client.post("/v1/hosts/self/report", &report).await;
         match sent {
@@ -192,7 +194,11 @@ async fn report(context: &Context, client: &Client) {
                         operations.remove(id);
                     }
                 }
-                lock(&context.outbox.events).drain(..report.events.len());
+                let mut events = lock(&context.outbox.events);
+                events.drain(..report.events.len());
+                if !events.is_empty() {
+                    context.outbox.filled.notify_one();
+                }
             }
             Err(error) => {
                 if !std::mem::replace(&mut unheard, true) {

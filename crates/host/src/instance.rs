@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use collective_api::Event;
+use collective_keys::SshHostKey;
 use collective_model::run::{EndKind, PROTOCOL, Phase, Request, RunConfig, RunDisk, RunEnd, RunStatus};
 use collective_model::{
     Digest, Firmware, Observed, ObservedDisk, Operation, OperationKind, OperationState, Spec, State, Timestamp, Trigger,
@@ -128,6 +129,10 @@ impl Instance {
             if self.status.is_none() && self.record.spec.on {
                 self.start(true).await;
             }
+        } else if self.record.state == State::Starting && self.record.runner_pid.is_none() && self.retry_at.is_none() {
+            self.start(true).await;
+        } else if self.record.state == State::Stopping {
+            self.stop(STOP_LIMIT).await;
         }
     }
 
@@ -145,8 +150,6 @@ impl Instance {
         if serial <= self.record.power_serial {
             return;
         }
-        self.record.power_serial = serial;
-        self.save_or_log();
         match (on, self.record.state) {
             (true, State::Stopped | State::Failed) => {
                 if first {
@@ -158,6 +161,9 @@ impl Instance {
             (false, state) if state.is_live() || state == State::Failed => self.stop(STOP_LIMIT).await,
             _ => {}
         }
+        // Last, so that an order interrupted by our death is carried out when it comes again.
+        self.record.power_serial = serial;
+        self.save_or_log();
     }
 
     async fn operate(&mut self, operation: Operation) {
@@ -169,7 +175,7 @@ impl Instance {
         let result = match operation.kind {
             OperationKind::Plan { to } => self.plan(to).await,
             OperationKind::Update { to } => self.update(&id, to).await,
-            OperationKind::Rollback { with_data } => self.roll_back(with_data).await,
+            OperationKind::Rollback { with_data } => self.roll_back(&id, with_data).await,
             OperationKind::Restart => self.restart().await,
             OperationKind::Logs { lines } => self.logs(lines),
             OperationKind::Delete { data } => self.delete(data).await,
@@ -233,7 +239,7 @@ impl Instance {
         let ordered = Timestamp::now();
         self.clear_leftovers().await;
         let version = self.record.version;
-        let manifest = self.context.manifest(&version).await?;
+        let manifest = self.manifest(&version).await?;
         if self.record.disks.is_empty() {
             self.record.adopt_version(&manifest, version);
         }
@@ -245,7 +251,8 @@ impl Instance {
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         self.note_images();
         let config = self.run_config(&manifest, ordered, open_ports).map_err(|e| format!("cannot prepare it: {e}"))?;
-        seed::write(&config.seed, &self.record.spec, &manifest)
+        let key = self.ssh_host_key().map_err(|e| format!("cannot make its SSH host key: {e}"))?;
+        seed::write(&config.seed, &self.record.spec, &manifest, &key)
             .map_err(|e| format!("cannot write its seed disk: {e}"))?;
         if let Some((uid, gid)) = config.user {
             let give = |path: &Path| std::os::unix::fs::chown(path, Some(uid), Some(gid));
@@ -323,11 +330,23 @@ impl Instance {
             open_ports,
             health: manifest.health.clone(),
             outbound: spec.outbound,
+            deny: self.context.config.plane.clone(),
             force_tcg: self.context.config.force_tcg,
             user: user.map(|user| (user, user)),
             cache: self.context.config.data.join("cache"),
             credentials: self.context.config.credentials.clone(),
         })
+    }
+
+    /// The instance's own SSH host key, made at the first start.
+    fn ssh_host_key(&self) -> Result<SshHostKey, String> {
+        let path = self.folder.join("ssh_host_key.json");
+        if let Some((private, public)) = read_json(&path).map_err(|e| e.to_string())? {
+            return Ok(SshHostKey { private, public });
+        }
+        let key = collective_keys::new_ssh_host_key().map_err(|e| e.to_string())?;
+        write_json(&path, &(&key.private, &key.public)).map_err(|e| e.to_string())?;
+        Ok(key)
     }
 
     /// The instance's own UEFI variables, made from the distribution's template at the first start.
@@ -411,6 +430,11 @@ impl Instance {
             return;
         }
         match end.kind {
+            EndKind::Clean | EndKind::Forced if self.record.spec.on => {
+                self.trigger(Trigger::Crash);
+                self.event("stopped", format!("{}; nobody asked for it here, so it starts again", end.message));
+                self.retry_at = Some(Instant::now());
+            }
             EndKind::Clean | EndKind::Forced | EndKind::GuestOff => {
                 self.set_state(State::Stopped);
                 self.event("stopped", end.message);
@@ -450,7 +474,7 @@ impl Instance {
     /// Shuts the guest down, cleanly if it can within the limit.
     pub(crate) async fn stop(&mut self, limit: Duration) {
         self.retry_at = None;
-        if self.record.state != State::Updating && self.record.state != State::Restoring {
+        if !matches!(self.record.state, State::Updating | State::Restoring | State::Stopping) {
             self.trigger(Trigger::Stop);
         }
         self.publish();
@@ -628,7 +652,11 @@ impl Instance {
 
     /// Manifest of a version, for the procedures.
     pub(crate) async fn manifest(&self, version: &Digest) -> Result<collective_model::Manifest, String> {
-        self.context.manifest(version).await
+        let manifest = self.context.manifest(version).await?;
+        if manifest.appliance != self.record.spec.appliance {
+            return Err(format!("version {} is of {}, another appliance", version.short(), manifest.appliance));
+        }
+        Ok(manifest)
     }
 }
 

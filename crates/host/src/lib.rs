@@ -31,6 +31,8 @@ pub struct HostConfig {
     pub runner: Vec<OsString>,
     /// How a runner reaches the store: a file in the folder, readable by its owner only.
     pub credentials: PathBuf,
+    /// Addresses of the plane, which no guest may reach.
+    pub plane: Vec<std::net::SocketAddr>,
     /// Never use KVM.
     pub force_tcg: bool,
     /// What KVM detection found, for people.

@@ -251,6 +251,7 @@ impl Record {
 
     /// Remembers an outcome.
     pub fn remember(&mut self, id: OperationId, state: OperationState) {
+        self.done.retain(|(done, _)| *done != id);
         self.done.push((id, state));
         let excess = self.done.len().saturating_sub(REMEMBERED);
         self.done.drain(..excess);

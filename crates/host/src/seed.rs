@@ -5,8 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use collective_keys::SshHostKey;
 use collective_model::{Manifest, Spec};
 
 /// FAT needs some room; a sparse file takes only what is written.
@@ -16,11 +18,15 @@ const SIZE: u64 = 1 << 20;
 type SeedFile = (&'static str, Vec<u8>);
 
 /// Writes the seed disk of an instance to `path`.
-pub fn write(path: &Path, spec: &Spec, manifest: &Manifest) -> io::Result<()> {
+pub fn write(path: &Path, spec: &Spec, manifest: &Manifest, ssh_host_key: &SshHostKey) -> io::Result<()> {
     let settings = manifest.settings_with(&spec.settings).map_err(io::Error::other)?;
-    let mut image = std::fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+    let mut image =
+        std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
     image.set_len(SIZE)?;
-    fill(&mut image, &files(spec, manifest, &settings))?;
+    let mut files = files(spec, manifest, &settings);
+    files.push(("collective/ssh_host_ed25519_key", ssh_host_key.private.clone().into_bytes()));
+    files.push(("collective/ssh_host_ed25519_key.pub", ssh_host_key.public.clone().into_bytes()));
+    fill(&mut image, &files)?;
     image.sync_all()
 }
 

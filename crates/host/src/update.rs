@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use collective_api::{Plan, UpdateResult};
-use collective_model::run::{Phase, Request};
+use collective_model::run::{Phase, Request, RunImage};
 use collective_model::{
     Digest, DiskRole, HealthState, Manifest, OperationId, OperationState, State, Timestamp, Trigger, VersionName,
 };
@@ -24,6 +24,7 @@ use collective_store::image::ImageMap;
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
+use crate::context::lock;
 use crate::instance::{Instance, STOP_LIMIT};
 use crate::link;
 use crate::record::{CheckpointRecord, UpdateJournal};
@@ -106,6 +107,7 @@ impl Instance {
             let result = UpdateResult { updated: true, from, to: target, bytes_fetched: 0, closed_ms: 0, why: None };
             return serde_json::to_value(result).map_err(|e| e.to_string());
         }
+        self.pin_images(&needs.manifest, to);
         let bytes_fetched = self.fetch(id, &needs).await?;
         self.event("updating", format!("updating from {from} to {target}, {bytes_fetched} bytes fetched"));
         self.trigger(Trigger::Update);
@@ -119,6 +121,14 @@ impl Instance {
         self.save().map_err(|e| format!("cannot record the update, so it was not begun: {e}"))?;
         let result = self.gate().await;
         serde_json::to_value(result).map_err(|e| e.to_string())
+    }
+
+    /// Keeps the cache from dropping what is about to be fetched.
+    fn pin_images(&self, manifest: &Manifest, version: Digest) {
+        let image = |root| RunImage { root, appliance: manifest.appliance.clone(), version };
+        let mut used = lock(&self.context.used_images);
+        let mine = used.entry(self.record.spec.id.clone()).or_default();
+        mine.extend(manifest.images().into_iter().map(image));
     }
 
     /// Fetches everything that the version lacks here and makes it durable, while the guest goes on.
@@ -275,10 +285,11 @@ impl Instance {
     }
 
     /// Goes back to the state before the last update.
-    pub(crate) async fn roll_back(&mut self, with_data: bool) -> Result<Value, String> {
+    pub(crate) async fn roll_back(&mut self, id: &OperationId, with_data: bool) -> Result<Value, String> {
         let target = self.record.rollback_target(with_data).cloned();
         let target = target.ok_or("there is nothing to go back to: no update was made, or it went back already")?;
         let (from, to) = (self.version_name(), target.info.version_name.clone());
+        let from_digest = self.record.version;
         self.trigger(Trigger::Restore);
         if self.record.runner_pid.is_some() {
             self.stop(STOP_LIMIT).await;
@@ -290,11 +301,16 @@ impl Instance {
             "rolled-back",
             format!("went back from {from} to {to}: {what}; checkpoint {} keeps what was", kept.0),
         );
+        let result = serde_json::json!({
+            "from": from, "from_digest": from_digest, "to": to, "with_data": with_data, "kept_as_checkpoint": kept,
+        });
+        // In the same write as the disks: an order that comes again must not go back further.
+        self.record.remember(id.clone(), OperationState::Done { result: result.clone() });
         self.set_state(State::Stopped);
         if self.record.spec.on {
             self.start(true).await;
             self.wait_until_up().await;
         }
-        Ok(serde_json::json!({ "from": from, "to": to, "with_data": with_data, "kept_as_checkpoint": kept }))
+        Ok(result)
     }
 }

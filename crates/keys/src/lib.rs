@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod signed;
+mod ssh;
 mod trust;
 
 use std::fmt;
@@ -18,6 +19,7 @@ use ed25519_dalek::{Signer, Verifier};
 use serde::{Deserialize, Serialize};
 
 pub use signed::{ChannelPointer, KeyChange, Kind, MAX_SIGNED_BYTES, SignatureError, Signed};
+pub use ssh::{SshHostKey, new_ssh_host_key};
 pub use trust::{Pins, TrustError};
 
 /// A key that signs. It never leaves its file and this process.

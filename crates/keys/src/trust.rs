@@ -61,6 +61,31 @@ impl Pins {
         }
     }
 
+    /// Accepts what `signer` signed if it is the pinned key, or if signed changes lead from one of the two to the
+    /// other: an older version keeps its older signature. The pin moves to the newest key that the changes prove.
+    pub fn accept_with_changes(
+        &mut self,
+        publisher: &Name,
+        signer: PublicKey,
+        changes: &[Signed],
+    ) -> Result<(), TrustError> {
+        let newest_from = |key: PublicKey| -> Result<Self, TrustError> {
+            let mut pins = Self { publishers: BTreeMap::from([(publisher.clone(), key)]) };
+            pins.apply_changes(publisher, changes)?;
+            Ok(pins)
+        };
+        let from_signer = newest_from(signer)?.get(publisher);
+        let pinned = self.get(publisher).unwrap_or(signer);
+        if signer != pinned && newest_from(pinned)?.get(publisher) != from_signer {
+            return Err(TrustError::OtherKey { publisher: publisher.clone(), pinned, offered: signer });
+        }
+        self.apply_changes(publisher, changes)?;
+        if self.get(publisher).is_none() {
+            self.publishers.extend(from_signer.map(|key| (publisher.clone(), key)));
+        }
+        Ok(())
+    }
+
     /// A person says so.
     pub fn trust(&mut self, publisher: &Name, key: PublicKey) {
         self.publishers.insert(publisher.clone(), key);
@@ -111,6 +136,13 @@ mod tests {
         pins.apply_changes(&demo, &[change(&old, &old, &new)]).unwrap();
         assert!(!pins.accept(&demo, new.public()).unwrap());
         assert!(pins.accept(&demo, old.public()).is_err());
+        // An older version is still the publisher's, and a stranger's is not, whatever the changes.
+        let changes = [change(&old, &old, &new)];
+        pins.accept_with_changes(&demo, old.public(), &changes).unwrap();
+        assert!(pins.accept_with_changes(&demo, thief.public(), &changes).is_err());
+        let mut fresh = Pins::default();
+        fresh.accept_with_changes(&demo, old.public(), &changes).unwrap();
+        assert_eq!(fresh.get(&demo), Some(new.public()), "who comes later learns the newest key");
         pins.trust(&demo, thief.public());
         assert!(!pins.accept(&demo, thief.public()).unwrap());
     }

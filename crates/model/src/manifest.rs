@@ -240,8 +240,8 @@ impl Manifest {
     pub fn check(&self) -> Result<(), ManifestError> {
         let unsound = |why: String| Err(ManifestError::Unsound(why));
         let hardware = &self.hardware;
-        if !(1..=256).contains(&hardware.cpus) {
-            return unsound(format!("{} cpus; 1 to 256 are possible", hardware.cpus));
+        if !(1..=255).contains(&hardware.cpus) {
+            return unsound(format!("{} cpus; 1 to 255 are possible", hardware.cpus));
         }
         let memory = hardware.memory.0;
         if !(1 << 20..=16 << 40).contains(&memory) || !memory.is_multiple_of(1 << 20) {
@@ -283,6 +283,9 @@ impl Manifest {
         }
         for (key, setting) in &self.settings {
             check_key(key).map_err(ManifestError::Unsound)?;
+            if setting.secret && setting.default.is_some() {
+                return unsound(format!("the secret setting \"{key}\" has a default, which everybody could read"));
+            }
             if let Some(value) = &setting.default {
                 setting.check(key, value).map_err(ManifestError::Unsound)?;
             }

@@ -50,6 +50,9 @@ pub struct RunConfig {
     pub health: Option<HealthCheck>,
     /// Whether the guest reaches the outside.
     pub outbound: bool,
+    /// Addresses that the guest must not reach, beside the host's own: the plane's.
+    #[serde(default)]
+    pub deny: Vec<SocketAddr>,
     /// Never use KVM.
     pub force_tcg: bool,
     /// User and group id for QEMU; none: the same as the runner's.

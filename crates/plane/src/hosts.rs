@@ -89,18 +89,29 @@ impl Plane {
             (OperationKind::Delete { .. }, OperationState::Done { .. }) => {
                 self.database().delete_instance(&operation.instance).await?;
             }
-            (OperationKind::Update { to }, state) => {
-                let updated = matches!(state, OperationState::Done { result } if result["updated"] == true);
-                let Some(mut row) = self.database().instance(&operation.instance).await? else { return Ok(()) };
-                row.failed.retain(|failed| failed != to);
-                if !updated {
-                    row.failed.push(*to);
+            // An update that was not begun, such as for want of space, says nothing about the version.
+            (OperationKind::Update { to }, OperationState::Done { result }) => {
+                self.set_failed(operation, *to, result["updated"] != true).await?;
+            }
+            // Whoever goes back does not want to be brought forward again by the channel.
+            (OperationKind::Rollback { .. }, OperationState::Done { result }) => {
+                if let Ok(from) = serde_json::from_value::<Digest>(result["from_digest"].clone()) {
+                    self.set_failed(operation, from, true).await?;
                 }
-                self.database().update_instance(&row).await?;
             }
             _ => {}
         }
         self.orders_changed();
+        Ok(())
+    }
+
+    async fn set_failed(&self, operation: &Operation, version: Digest, failed: bool) -> Answer<()> {
+        let Some(mut row) = self.database().instance(&operation.instance).await? else { return Ok(()) };
+        row.failed.retain(|known| *known != version);
+        if failed {
+            row.failed.push(version);
+        }
+        self.database().update_instance(&row).await?;
         Ok(())
     }
 

@@ -77,10 +77,13 @@ impl Plane {
         memory: u64,
         cpus: u32,
     ) -> Answer<Name> {
+        let mut claims = Vec::new();
+        for row in instances.iter().filter(|row| row.spec.on) {
+            claims.push((&row.host, self.memory_of(row).await?));
+        }
         let candidate = |host: HostRow| {
-            let claimed = |row: &InstanceRow| row.spec.memory.map_or(512 << 20, |memory| memory.0) as i64;
-            let mine = instances.iter().filter(|row| row.host == host.name && row.spec.on);
-            let claimed: i64 = mine.map(claimed).sum();
+            let claimed: i64 =
+                claims.iter().filter(|(owner, _)| **owner == host.name).map(|(_, bytes)| *bytes as i64).sum();
             let total = host.facts.as_ref().map_or(0, |facts| facts.memory as i64);
             Candidate {
                 reachable: is_reachable(host.seen) && host.facts.is_some(),
@@ -100,6 +103,15 @@ impl Plane {
             Some(why) => Err(Failure::conflict(why)),
             None => Ok(host.name.clone()),
         }
+    }
+
+    /// Memory that an instance claims, in bytes.
+    async fn memory_of(&self, row: &InstanceRow) -> Answer<u64> {
+        if let Some(memory) = row.spec.memory {
+            return Ok(memory.0);
+        }
+        let version = self.database().version(&row.spec.version).await?;
+        Ok(version.as_ref().map(manifest_of).transpose()?.map_or(0, |manifest| manifest.hardware.memory.0))
     }
 
     pub(crate) async fn row(&self, name: &Name) -> Answer<InstanceRow> {
@@ -243,7 +255,11 @@ impl Plane {
 
     /// Asks the owner of an instance to do something.
     pub(crate) async fn operate(&self, name: &Name, request: OperationRequest) -> Answer<OperationView> {
-        let row = self.row(name).await?;
+        let mut row = self.row(name).await?;
+        if matches!(request, OperationRequest::Restart) && !row.spec.on {
+            row.spec.on = true;
+            self.database().update_instance(&row).await?;
+        }
         let kind = match request {
             OperationRequest::Plan { to } => OperationKind::Plan { to: self.target(&row, to).await? },
             OperationRequest::Update { to } => OperationKind::Update { to: self.target(&row, to).await? },

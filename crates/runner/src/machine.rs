@@ -139,7 +139,7 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         user: config.user,
         seccomp: true,
         parent_death_kill: true,
-        guard: Some(vmm::GuardPolicy::default()),
+        guard: Some(vmm::GuardPolicy { deny: config.deny.clone(), ..Default::default() }),
     };
     let machine = describe(layout, config)?;
     let (vm, events) =

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use collective_store::BLOCK;
 use collective_store::fetch::{FetchError, FrameStore};
@@ -36,8 +36,9 @@ pub struct Disk {
     owner: Vec<AtomicU8>,
     /// Blocks with an owner other than the image.
     own: AtomicU64,
-    /// Held while a block's old content is fetched to be merged with a partial write.
-    merging: tokio::sync::Mutex<()>,
+    /// Shared by all who change blocks; alone while old content goes into a block that is not in the top layer yet, so
+    /// that it cannot overwrite what another wrote there meanwhile. Never held while something is fetched.
+    settling: RwLock<()>,
 }
 
 /// Part of a read: all from one place.
@@ -66,6 +67,11 @@ impl Disk {
         let last = layers.len() - 1;
         let open = |(i, path): (usize, &PathBuf)| Layer::open(path, size, i == last);
         let layers = layers.iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self::over(size, image, store, layers))
+    }
+
+    /// `layers`: at least one, all of them for `size`, the last one writable.
+    pub(crate) fn over(size: u64, image: Option<Arc<ImageMap>>, store: Arc<FrameStore>, layers: Vec<Layer>) -> Self {
         let owner: Vec<AtomicU8> = (0..size.div_ceil(BLOCK)).map(|_| AtomicU8::new(0)).collect();
         let mut own = 0;
         for (i, layer) in layers.iter().enumerate() {
@@ -74,7 +80,7 @@ impl Disk {
                 own += u64::from(slot.swap(i as u8 + 1, Ordering::Relaxed) == 0);
             }
         }
-        Ok(Self { size, image, store, layers, owner, own: AtomicU64::new(own), merging: Default::default() })
+        Self { size, image, store, layers, owner, own: AtomicU64::new(own), settling: RwLock::new(()) }
     }
 
     /// In bytes.
@@ -171,7 +177,8 @@ impl Disk {
     fn check(&self, offset: u64, length: u64) -> io::Result<()> {
         match offset.checked_add(length) {
             Some(end) if end <= self.size => Ok(()),
-            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the disk")),
+            // As a file that cannot grow says it; an error without a number would look like a broken disk.
+            _ => Err(rustix::io::Errno::FBIG.into()),
         }
     }
 
@@ -209,19 +216,33 @@ impl Disk {
 
     /// Copies a block into the top layer, so that parts of it can be written there.
     async fn own_block(&self, block: u64) -> io::Result<()> {
-        let _merging = self.merging.lock().await;
         if self.owner(block) == self.top() {
             return Ok(());
         }
         let old = self.read(block * BLOCK, BLOCK as usize).await?;
-        self.put(block * BLOCK, &old)
+        let _alone = self.settling.write().unwrap_or_else(PoisonError::into_inner);
+        // Another write may have taken the block while its old content was fetched.
+        if self.owner(block) != self.top() {
+            self.top_layer().write(block * BLOCK, &old)?;
+            self.take(block..block + 1);
+        }
+        Ok(())
     }
 
     fn top_layer(&self) -> &Layer {
         &self.layers[self.layers.len() - 1]
     }
 
+    fn changing(&self) -> RwLockReadGuard<'_, ()> {
+        self.settling.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn put(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        // Else a write of nothing inside a block would take that block without its content.
+        if data.is_empty() {
+            return Ok(());
+        }
+        let _changing = self.changing();
         self.top_layer().write(offset, data)?;
         self.take(offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK));
         Ok(())
@@ -243,9 +264,15 @@ impl Disk {
             return self.write(offset, &vec![0; length as usize]).await;
         }
         self.write(offset, &vec![0; (first * BLOCK - offset) as usize]).await?;
-        self.top_layer().discard(first, last - first)?;
-        self.take(first..last);
+        self.punch(first..last)?;
         self.write(last * BLOCK, &vec![0; (end - last * BLOCK) as usize]).await
+    }
+
+    fn punch(&self, blocks: Range<u64>) -> io::Result<()> {
+        let _changing = self.changing();
+        self.top_layer().discard(blocks.start, blocks.end - blocks.start)?;
+        self.take(blocks);
+        Ok(())
     }
 
     /// Makes everything written so far durable.

@@ -5,9 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+mod backing;
 mod disk;
 mod layer;
 mod mount;
+
+#[cfg(test)]
+mod power_cut;
 
 pub use disk::{Disk, DiskError, MAX_LAYERS};
 pub use layer::{Layer, LayerError};

@@ -222,9 +222,16 @@ impl Filesystem for Disks {
         if mode & !KEEP_SIZE != PUNCH_HOLE && mode & !KEEP_SIZE != ZERO_RANGE {
             return reply.error(Errno::EOPNOTSUPP);
         }
-        let length = length.min(disk.size().saturating_sub(offset));
+        let inside = length.min(disk.size().saturating_sub(offset));
+        if inside < length && mode & KEEP_SIZE == 0 {
+            // The kernel would take the file for larger from then on.
+            return reply.error(Errno::EFBIG);
+        }
+        if inside == 0 {
+            return reply.ok();
+        }
         self.runtime.spawn(async move {
-            match disk.zero(offset, length).await {
+            match disk.zero(offset, inside).await {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(errno(&error)),
             }

@@ -246,11 +246,17 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
         ));
     }
     warnings.iter().for_each(|warning| ui.hint(format!("warning: {warning}")));
+    let plane = match &credentials.address {
+        // A name that cannot be looked up now cannot be reached by a guest under that name either.
+        Some(address) => tokio::net::lookup_host(address).await.map(Iterator::collect).unwrap_or_default(),
+        None => Vec::new(),
+    };
     let runner = vec![std::env::current_exe()?.into(), "runner".into()];
     let config = HostConfig {
         data,
         runner,
         credentials: path,
+        plane,
         force_tcg: options.tcg,
         accelerator,
         warnings,

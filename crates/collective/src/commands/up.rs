@@ -40,6 +40,9 @@ pub struct Up {
     /// Return when it is up
     #[arg(long)]
     detach: bool,
+    /// Write and enable a systemd unit that does this at every start of the machine, and start it now
+    #[arg(long, conflicts_with = "detach")]
+    install: bool,
     #[command(flatten)]
     host: HostOptions,
 }
@@ -63,7 +66,11 @@ impl Up {
         if Client::new(Endpoint::Unix(socket(&data)), None).get::<PlaneStatus>("/v1/status").await.is_ok() {
             bail!("it is up already in {}; `collective status` shows how it is", data.display());
         }
-        if self.detach { detach(ui, &data).await } else { self.serve(ui, &data).await }
+        match (self.install, self.detach) {
+            (true, _) => install(ui, &data),
+            (_, true) => detach(ui, &data).await,
+            _ => self.serve(ui, &data).await,
+        }
     }
 
     async fn serve(self, ui: &Ui, data: &Path) -> Result<()> {
@@ -144,6 +151,48 @@ async fn local_credentials(client: &Client, data: &Path, host_data: &Path, name:
         Credentials { name, secret: answer.secret, socket: Some(socket(data)), address: None, fingerprint: None };
     credentials.save(&path)?;
     Ok(credentials)
+}
+
+/// The unit: `collective up` with the same options. Stopping or restarting it ends the main process only; the runners
+/// go on. When the machine shuts down systemd ends them too, and they shut their guests down.
+fn unit(arguments: &[String], root: bool) -> String {
+    let quoted: Vec<String> =
+        arguments.iter().map(|text| format!("\"{}\"", text.replace('%', "%%").replace('"', "\\\""))).collect();
+    let wanted_by = if root { "multi-user.target" } else { "default.target" };
+    format!(
+        "[Unit]\nDescription=Collective: plane and host\nAfter=network-online.target\nWants=network-online.target\n\n\
+         [Service]\nExecStart={}\nRestart=on-failure\nKillMode=process\nDelegate=yes\n\n\
+         [Install]\nWantedBy={wanted_by}\n",
+        quoted.join(" ")
+    )
+}
+
+fn install(ui: &Ui, data: &Path) -> Result<()> {
+    let root = rustix::process::geteuid().is_root();
+    let program = std::env::current_exe()?.to_string_lossy().into_owned();
+    let mut arguments = vec![program];
+    arguments.extend(std::env::args().skip(1).filter(|argument| argument != "--install"));
+    if !arguments.iter().any(|argument| argument.starts_with("--data")) {
+        arguments.extend(["--data".to_owned(), data.to_string_lossy().into_owned()]);
+    }
+    let folder = if root { PathBuf::from("/etc/systemd/system") } else { crate::connect::systemd_user_dir() };
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let path = folder.join("collective.service");
+    std::fs::write(&path, unit(&arguments, root)).with_context(|| format!("cannot write {}", path.display()))?;
+    ui.line(format!("wrote {}", path.display()));
+    let systemctl = |arguments: &[&str]| {
+        let scope: &[&str] = if root { &[] } else { &["--user"] };
+        let status = std::process::Command::new("systemctl").args(scope).args(arguments).status();
+        status.is_ok_and(|status| status.success())
+    };
+    if systemctl(&["daemon-reload"]) && systemctl(&["enable", "--now", "collective.service"]) {
+        ui.hint("enabled and started; instances that ran come back after a restart of this machine");
+        if !root {
+            ui.hint("run `loginctl enable-linger` as well, or it ends when you log out");
+        }
+        return Ok(());
+    }
+    bail!("systemd did not take the unit; where it runs: systemctl enable --now collective.service")
 }
 
 /// Runs the same command in the background and waits until it answers.

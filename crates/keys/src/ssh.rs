@@ -1,0 +1,94 @@
+//! An instance's SSH host key, in OpenSSH's own format (PROTOCOL.key of OpenSSH, RFC 8709 for the algorithm).
+//!
+//! It belongs to the instance and reaches the guest by its seed disk, so that users see the same host key after every
+//! update and move.
+
+use crate::{KeyError, SigningKey};
+
+/// A host key as the two files that sshd reads.
+pub struct SshHostKey {
+    /// `ssh_host_ed25519_key`
+    pub private: String,
+    /// `ssh_host_ed25519_key.pub`
+    pub public: String,
+}
+
+const ALGORITHM: &[u8] = b"ssh-ed25519";
+
+/// Makes a host key.
+pub fn new_ssh_host_key() -> Result<SshHostKey, KeyError> {
+    let key = SigningKey::generate()?;
+    let (seed, public) = (key.0.to_bytes(), key.0.verifying_key().to_bytes());
+    let blob = [string(ALGORITHM), string(&public)].concat();
+    // Two equal numbers tell a reader that it decrypted well; nothing is encrypted here.
+    let check = [0x5e, 0xed, 0x5e, 0xed];
+    let pair = [seed, public].concat();
+    let mut secret =
+        [&check[..], &check, &string(ALGORITHM), &string(&public), &string(&pair), &string(b"collective")].concat();
+    let padding = (8 - secret.len() % 8) % 8;
+    secret.extend((1..=padding).map(|byte| byte as u8));
+    let parts: [&[u8]; 7] = [
+        b"openssh-key-v1\0",
+        &string(b"none"),
+        &string(b"none"),
+        &string(b""),
+        &1u32.to_be_bytes(),
+        &string(&blob),
+        &string(&secret),
+    ];
+    let body = base64(&parts.concat());
+    let lines: Vec<&str> = body.as_bytes().chunks(70).filter_map(|line| std::str::from_utf8(line).ok()).collect();
+    Ok(SshHostKey {
+        private: format!(
+            "-----BEGIN OPENSSH PRIVATE KEY-----\n{}\n-----END OPENSSH PRIVATE KEY-----\n",
+            lines.join("\n")
+        ),
+        public: format!("ssh-ed25519 {} collective\n", base64(&blob)),
+    })
+}
+
+/// A length and the bytes (RFC 4251, section 5).
+fn string(bytes: &[u8]) -> Vec<u8> {
+    [&(bytes.len() as u32).to_be_bytes(), bytes].concat()
+}
+
+/// RFC 4648, section 4.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let group = |chunk: &[u8]| -> Vec<char> {
+        let bits = chunk.iter().enumerate().fold(0u32, |bits, (i, byte)| bits | u32::from(*byte) << (16 - 8 * i));
+        let digit = |i: usize| char::from(DIGITS[(bits >> (18 - 6 * i) & 63) as usize]);
+        (0..4).map(|i| if i <= chunk.len() { digit(i) } else { '=' }).collect()
+    };
+    bytes.chunks(3).flat_map(group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::process::Command;
+
+    #[test]
+    fn base64_of_the_rfc() {
+        let cases =
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")];
+        for (plain, encoded) in cases {
+            assert_eq!(base64(plain.as_bytes()), encoded);
+        }
+    }
+
+    #[test]
+    fn openssh_itself_reads_it() {
+        let key = new_ssh_host_key().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        let mut file = std::fs::File::options().create_new(true).write(true).mode(0o600).open(&path).unwrap();
+        std::io::Write::write_all(&mut file, key.private.as_bytes()).unwrap();
+        let output =
+            Command::new("ssh-keygen").args(["-y", "-f"]).arg(&path).output().expect("openssh-client is installed");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let shown = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(shown.split(' ').nth(1).map(str::trim), key.public.split(' ').nth(1));
+    }
+}

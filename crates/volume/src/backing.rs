@@ -1,0 +1,52 @@
+//! What a layer asks of the file system, as a trait, so that a test can cut the power between any two steps.
+
+use std::fmt::Debug;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::FallocateFlags;
+
+/// One file of a layer.
+pub(crate) trait Backing: Debug + Send + Sync {
+    /// Like `pread`: may be short, 0 at the end.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes all of `bytes`, or fails and leaves the range in any state between.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Makes a range zeros that take no space; the length of the file stays.
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// In bytes.
+    fn length(&self) -> io::Result<u64>;
+    /// Grows the file with zeros.
+    fn set_length(&self, length: u64) -> io::Result<()>;
+    /// Makes everything so far durable, the length included.
+    fn sync(&self) -> io::Result<()>;
+}
+
+impl Backing for File {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        FileExt::read_at(self, buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(self, flags, offset, length)?)
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.set_len(length)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        // Also of what is needed to find the data again: new extents, holes, the length.
+        self.sync_data()
+    }
+}

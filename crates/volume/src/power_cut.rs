@@ -1,0 +1,253 @@
+//! A test: the power goes between any two steps of a layer, and what a flush promised is still there.
+//!
+//! The layer's files are simulated. What was written since a file's last sync made it to the disk or not, each sector
+//! for itself, in any version that it had since; nothing else orders the two files but their syncs.
+
+mod sim;
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use collective_model::{ApplianceName, Digest};
+use collective_store::cache::Cache;
+use collective_store::fetch::FrameStore;
+use collective_store::{PackInfo, Source, SourceError};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+
+use crate::{Disk, Layer};
+use sim::{Content, Dice, Plug, SECTOR, Sector, SimFile};
+
+/// Where it all happens: the map bits of these blocks lie in three sectors and two pages of the map, and the last block
+/// is short until the disk grows.
+const HOT: [Range<u64>; 3] = [0..12, 4090..4102, 32760..32776];
+const SIZES: [u64; 2] = [32770 * 4096 + 1536, 32776 * 4096];
+
+/// What each sector may be after a power cut: what the last flush promised, and all that was written since.
+#[derive(Default)]
+struct Model(HashMap<u64, Vec<Sector>>);
+
+impl Model {
+    fn write(&mut self, offset: u64, length: u64, byte_at: impl Fn(u64) -> u8) {
+        for sector in offset / SECTOR..(offset + length).div_ceil(SECTOR) {
+            let versions = self.0.entry(sector).or_insert_with(|| vec![[0; SECTOR as usize]]);
+            let mut bytes = versions[versions.len() - 1];
+            for (at, byte) in (sector * SECTOR..).zip(bytes.iter_mut()) {
+                if (offset..offset + length).contains(&at) {
+                    *byte = byte_at(at - offset);
+                }
+            }
+            versions.push(bytes);
+        }
+    }
+
+    /// To be handed to [`flushed`](Self::flushed) when a flush that begins now has succeeded.
+    fn flushing(&self) -> HashMap<u64, usize> {
+        self.0.iter().map(|(sector, versions)| (*sector, versions.len() - 1)).collect()
+    }
+
+    fn flushed(&mut self, before: HashMap<u64, usize>) {
+        for (sector, last) in before {
+            self.0.get_mut(&sector).unwrap().drain(..last);
+        }
+    }
+
+    /// Checks what is on the disk now, and goes on from there.
+    fn check_and_settle(&mut self, disk: &Disk) -> Result<(), String> {
+        for block in HOT.into_iter().flatten().chain([2000, 20_000]) {
+            let bytes = ready(disk.read(block * 4096, 4096)).unwrap();
+            for (sector, found) in (block * 8..).zip(bytes.chunks_exact(512)) {
+                let found: Sector = found.try_into().unwrap();
+                let versions = self.0.entry(sector).or_insert_with(|| vec![[0; SECTOR as usize]]);
+                if !versions.contains(&found) {
+                    let zeros = if found == [0; 512] { "zeros" } else { "something else" };
+                    return Err(format!("sector {sector} is {zeros}, not one of {} versions", versions.len()));
+                }
+                *versions = vec![found];
+            }
+        }
+        Ok(())
+    }
+}
+
+fn ready<T>(future: impl Future<Output = T>) -> T {
+    future.now_or_never().expect("nothing here waits for a network")
+}
+
+struct Nowhere;
+
+impl Source for Nowhere {
+    fn packs<'a>(&'a self, _: &'a ApplianceName, _: &'a Digest) -> BoxFuture<'a, Result<Vec<PackInfo>, SourceError>> {
+        unreachable!("these disks have no image")
+    }
+    fn read<'a>(
+        &'a self,
+        _: &'a ApplianceName,
+        _: &'a Digest,
+        _: Range<u64>,
+    ) -> BoxFuture<'a, Result<bytes::Bytes, SourceError>> {
+        unreachable!("these disks have no image")
+    }
+}
+
+fn place(dice: &mut Dice, size: u64) -> (u64, u64) {
+    let hot = HOT[dice.roll(3) as usize].clone();
+    let grain = [1, SECTOR, 4096][dice.roll(3) as usize];
+    let bytes = hot.start * 4096..(hot.end * 4096).min(size);
+    let offset = (bytes.start + dice.roll(bytes.end - bytes.start)) / grain * grain;
+    let length = (1 + dice.roll(4 * 4096)).next_multiple_of(grain).min(bytes.end - offset);
+    (offset, length)
+}
+
+struct Rig {
+    store: Arc<FrameStore>,
+    plug: Arc<Plug>,
+    honest: bool,
+    base: Content,
+    base_map: Content,
+    model: Arc<Mutex<Model>>,
+}
+
+impl Rig {
+    /// A frozen layer below holds every other hot block.
+    fn new(folder: &Path, dice: &mut Dice, honest: bool) -> Self {
+        let store = Arc::new(FrameStore::new(Cache::open(folder).unwrap(), Arc::new(Nowhere)));
+        let plug = Arc::new(Plug(Mutex::new(u64::MAX)));
+        let (data, map) = (SimFile::new(&plug, true, fresh_data()), SimFile::new(&plug, true, fresh_map()));
+        let layer = Layer::over(Path::new("base"), Box::new(data.clone()), Box::new(map.clone()), SIZES[0], true);
+        let layer = layer.unwrap();
+        let mut model = Model::default();
+        for block in HOT.into_iter().flatten().filter(|block| block % 2 == 0 && (block + 1) * 4096 <= SIZES[0]) {
+            let bytes = dice.bytes(4096);
+            layer.write(block * 4096, &bytes).unwrap();
+            model.write(block * 4096, 4096, |at| bytes[at as usize]);
+        }
+        layer.flush().unwrap();
+        model.flushed(model.flushing());
+        let (base, base_map) = (data.medium().durable.clone(), map.medium().durable.clone());
+        Self { store, plug, honest, base, base_map, model: Arc::new(Mutex::new(model)) }
+    }
+
+    /// Opens the chain over the given top; the power holds for `steps`.
+    fn open(&self, data: &Arc<SimFile>, map: &Arc<SimFile>, size: u64, steps: u64) -> Option<Arc<Disk>> {
+        let powered = Arc::new(Plug(Mutex::new(u64::MAX)));
+        let base = Box::new(SimFile::new(&powered, true, self.base.clone()));
+        let base_map = Box::new(SimFile::new(&powered, true, self.base_map.clone()));
+        let base = Layer::over(Path::new("base"), base, base_map, size, false).unwrap();
+        *self.plug.0.lock().unwrap() = steps;
+        match Layer::over(Path::new("top"), Box::new(data.clone()), Box::new(map.clone()), size, true) {
+            Ok(top) => Some(Arc::new(Disk::over(size, None, self.store.clone(), vec![base, top]))),
+            Err(error) => {
+                assert!(self.plug.gone(), "a power cut left a layer that cannot be opened: {error}");
+                None
+            }
+        }
+    }
+
+    fn files(&self, data: Content, map: Content) -> (Arc<SimFile>, Arc<SimFile>) {
+        (SimFile::new(&self.plug, self.honest, data), SimFile::new(&self.plug, true, map))
+    }
+
+    /// Somebody writes whole blocks at the worst moment of each flush: when the data is synced, before the map is.
+    fn write_during_flushes(&self, disk: &Arc<Disk>, data: &SimFile, seed: u64) {
+        let (disk, model, mut dice) = (Arc::downgrade(disk), self.model.clone(), Dice(seed));
+        *data.after_sync.lock().unwrap() = Some(Box::new(move || {
+            let Some(disk) = disk.upgrade() else { return };
+            let (block, bytes) = (HOT[dice.roll(3) as usize].start + dice.roll(8), dice.bytes(4096));
+            model.lock().unwrap().write(block * 4096, 4096, |at| bytes[at as usize]);
+            let _ = disk.try_write(block * 4096, &bytes);
+        }));
+    }
+
+    /// Uses the disk until the power goes.
+    fn work(&self, disk: &Disk, dice: &mut Dice) {
+        for _ in 0..200 {
+            // A flush that has nothing to do succeeds without power, and would settle a write that failed.
+            if self.plug.gone() {
+                return;
+            }
+            let (offset, length) = place(dice, disk.size());
+            let result = match dice.roll(10) {
+                0..6 => {
+                    let bytes = dice.bytes(length as usize);
+                    self.model.lock().unwrap().write(offset, length, |at| bytes[at as usize]);
+                    ready(disk.write(offset, &bytes))
+                }
+                6 | 7 => {
+                    self.model.lock().unwrap().write(offset, length, |_| 0);
+                    ready(disk.zero(offset, length))
+                }
+                _ => {
+                    let before = self.model.lock().unwrap().flushing();
+                    disk.flush().map(|()| self.model.lock().unwrap().flushed(before))
+                }
+            };
+            if result.is_err() {
+                assert!(self.plug.gone(), "{result:?}");
+                return;
+            }
+        }
+    }
+}
+
+fn fresh_data() -> Content {
+    Content { length: SIZES[0], sectors: BTreeMap::new() }
+}
+
+fn fresh_map() -> Content {
+    let mut header = [0; SECTOR as usize];
+    header[..8].copy_from_slice(b"CLLM\x01\0\0\0");
+    header[8..16].copy_from_slice(&SIZES[0].to_le_bytes());
+    Content { length: 3 * 4096, sectors: BTreeMap::from([(0, header)]) }
+}
+
+/// Several power cuts in a row; the disk grows on the way.
+fn life(seed: u64, honest: bool) -> Result<(), String> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut dice = Dice(seed);
+    let rig = Rig::new(folder.path(), &mut dice, honest);
+    let (mut data, mut map) = (fresh_data(), fresh_map());
+    for cycle in 0..5 {
+        let size = SIZES[usize::from(cycle >= 2)];
+        let (data_file, map_file) = rig.files(data, map);
+        let steps = dice.roll(120);
+        if let Some(disk) = rig.open(&data_file, &map_file, size, steps) {
+            rig.write_during_flushes(&disk, &data_file, seed ^ cycle);
+            rig.work(&disk, &mut dice);
+        }
+        (data, map) = (data_file.crash(&mut dice), map_file.crash(&mut dice));
+        let (data_file, map_file) = rig.files(data.clone(), map.clone());
+        let disk = rig.open(&data_file, &map_file, size, u64::MAX).unwrap();
+        let checked = rig.model.lock().unwrap().check_and_settle(&disk);
+        checked.map_err(|why| format!("seed {seed}, power cut {cycle}: {why}"))?;
+        // Opening may have grown it, and synced that.
+        (data, map) = (data_file.medium().current.clone(), map_file.medium().current.clone());
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_flush_promised_survives_any_power_cut() {
+    for seed in 0..100 {
+        life(seed, true).unwrap();
+    }
+}
+
+#[test]
+fn the_check_notices_data_that_was_not_synced_before_the_map() {
+    assert!((0..50).any(|seed| life(seed, false).is_err()), "a data file that ignores syncs goes unnoticed");
+}
+
+#[test]
+fn after_a_failed_sync_no_flush_succeeds() {
+    let plug = Arc::new(Plug(Mutex::new(1)));
+    let (data, map) = (SimFile::new(&plug, true, fresh_data()), SimFile::new(&plug, true, fresh_map()));
+    let layer = Layer::over(Path::new("top"), Box::new(data), Box::new(map), SIZES[0], true).unwrap();
+    layer.write(0, &[1; 4096]).unwrap();
+    assert!(layer.flush().is_err());
+    *plug.0.lock().unwrap() = u64::MAX;
+    layer.write(4096, &[1; 4096]).unwrap();
+    assert!(layer.flush().is_err(), "what the failed sync dropped is not durable, whatever the next one says");
+}

@@ -1,0 +1,170 @@
+//! A layer's files on a medium that forgets: what was not synced made it to the disk or not, sector by sector.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::backing::Backing;
+
+pub(super) const SECTOR: u64 = 512;
+
+pub(super) type Sector = [u8; SECTOR as usize];
+
+/// Small and repeatable.
+#[derive(Debug)]
+pub(super) struct Dice(pub u64);
+
+impl Dice {
+    pub fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % sides
+    }
+
+    pub fn bytes(&mut self, length: usize) -> Vec<u8> {
+        (0..length).map(|_| self.roll(255) as u8 + 1).collect()
+    }
+}
+
+/// Steps until the power goes; both files of a layer hang on it.
+#[derive(Debug)]
+pub(super) struct Plug(pub Mutex<u64>);
+
+impl Plug {
+    fn step(&self) -> io::Result<()> {
+        let mut left = self.0.lock().unwrap();
+        *left = left.checked_sub(1).ok_or_else(|| io::Error::other("the power is gone"))?;
+        Ok(())
+    }
+
+    pub fn gone(&self) -> bool {
+        *self.0.lock().unwrap() == 0
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+pub(super) struct Content {
+    pub length: u64,
+    /// Sectors that are not there are zeros.
+    pub sectors: BTreeMap<u64, Sector>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Medium {
+    pub durable: Content,
+    pub current: Content,
+    /// What each sector was since the last sync.
+    since: BTreeMap<u64, Vec<Sector>>,
+}
+
+pub(super) struct SimFile {
+    plug: Arc<Plug>,
+    /// A disk that lies answers a sync and does nothing.
+    honest: bool,
+    medium: Mutex<Medium>,
+    /// Called when a sync is through: the moment for somebody else to write.
+    pub after_sync: Mutex<Option<Box<dyn FnMut() + Send>>>,
+}
+
+impl std::fmt::Debug for SimFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SimFile")
+    }
+}
+
+impl SimFile {
+    pub fn new(plug: &Arc<Plug>, honest: bool, content: Content) -> Arc<Self> {
+        let medium = Medium { durable: content.clone(), current: content, since: BTreeMap::new() };
+        Arc::new(Self { plug: plug.clone(), honest, medium: Mutex::new(medium), after_sync: Mutex::default() })
+    }
+
+    pub fn medium(&self) -> MutexGuard<'_, Medium> {
+        self.medium.lock().unwrap()
+    }
+
+    fn change(&self, offset: u64, length: u64, byte_at: impl Fn(u64) -> u8) {
+        let mut medium = self.medium();
+        for sector in offset / SECTOR..(offset + length).div_ceil(SECTOR) {
+            let mut bytes = medium.current.sectors.get(&sector).copied().unwrap_or([0; SECTOR as usize]);
+            for (at, byte) in (sector * SECTOR..).zip(bytes.iter_mut()) {
+                if (offset..offset + length).contains(&at) {
+                    *byte = byte_at(at - offset);
+                }
+            }
+            medium.current.sectors.insert(sector, bytes);
+            medium.since.entry(sector).or_default().push(bytes);
+        }
+        medium.current.length = medium.current.length.max(offset + length);
+    }
+
+    /// What is found when the power is back.
+    pub fn crash(&self, dice: &mut Dice) -> Content {
+        let medium = self.medium();
+        let mut left = medium.durable.clone();
+        for (sector, versions) in &medium.since {
+            let chosen = dice.roll(versions.len() as u64 + 1) as usize;
+            if let Some(version) = chosen.checked_sub(1) {
+                left.sectors.insert(*sector, versions[version]);
+            }
+        }
+        if dice.roll(2) == 0 {
+            left.length = medium.current.length;
+        }
+        left
+    }
+}
+
+impl Backing for Arc<SimFile> {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let medium = self.medium();
+        let count = (buffer.len() as u64).min(medium.current.length.saturating_sub(offset)) as usize;
+        let mut done = 0;
+        while done < count {
+            let (sector, within) = ((offset + done as u64) / SECTOR, ((offset + done as u64) % SECTOR) as usize);
+            let part = (SECTOR as usize - within).min(count - done);
+            match medium.current.sectors.get(&sector) {
+                Some(bytes) => buffer[done..done + part].copy_from_slice(&bytes[within..within + part]),
+                None => buffer[done..done + part].fill(0),
+            }
+            done += part;
+        }
+        Ok(count)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.plug.step()?;
+        self.change(offset, bytes.len() as u64, |at| bytes[at as usize]);
+        Ok(())
+    }
+
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.plug.step()?;
+        self.change(offset, length, |_| 0);
+        Ok(())
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.medium().current.length)
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.plug.step()?;
+        self.medium().current.length = length;
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.plug.step()?;
+        if self.honest {
+            let mut medium = self.medium();
+            medium.durable = medium.current.clone();
+            medium.since.clear();
+        }
+        if let Some(hook) = self.after_sync.lock().unwrap().as_mut() {
+            hook();
+        }
+        Ok(())
+    }
+}
