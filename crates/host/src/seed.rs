@@ -87,6 +87,7 @@ mod tests {
         let mut image = io::Cursor::new(vec![0; SIZE as usize]);
         let long = vec![b'x'; 9000];
         fill(&mut image, &[("meta-data", b"a".to_vec()), ("collective/settings.json", long.clone())]).unwrap();
+        image.set_position(0);
         let volume = fatfs::FileSystem::new(image, fatfs::FsOptions::new()).unwrap();
         assert_eq!(volume.volume_label().trim(), "CIDATA");
         let mut found = Vec::new();
