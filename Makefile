@@ -15,8 +15,7 @@ demo-stop:       ## ends what `make demo` left running and removes it
 
 test: lint       ## everything that is tested, with real QEMU
 	deploy/install-deps test
-	$(CARGO) test --workspace --exclude collective
-	$(CARGO) test -p collective -- --test-threads 2
+	$(CARGO) test --workspace -- --test-threads 2
 
 lint:            ## format and clippy
 	$(CARGO) fmt --all --check

@@ -1,24 +1,18 @@
 //! One instance: the task that alone changes its record, starts and stops its runner, and carries out its orders.
 
-use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_api::Event;
-use collective_keys::SshHostKey;
-use collective_model::run::{EndKind, PROTOCOL, Phase, Request, RunConfig, RunDisk, RunEnd, RunStatus};
-use collective_model::{
-    Digest, Firmware, Observed, ObservedDisk, Operation, OperationKind, OperationState, Spec, State, Timestamp, Trigger,
-};
+use collective_model::run::{EndKind, Phase, Request, RunEnd, RunStatus};
+use collective_model::{Operation, OperationKind, OperationState, Spec, State, Timestamp, Trigger};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
 use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json, write_json};
 use crate::link;
-use crate::record::{Record, layer_path};
-use crate::seed;
+use crate::record::Record;
 
 /// How often a runner is asked.
 const POLL: Duration = Duration::from_millis(250);
@@ -28,12 +22,6 @@ pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(60);
 const MAX_CRASHES: u32 = 5;
 /// A guest that ran this long before it crashed starts counting anew.
 const STEADY: Duration = Duration::from_secs(600);
-/// The first of the user ids for QEMU; nothing else on a machine uses these.
-const FIRST_USER: u32 = 1_600_000_000;
-/// No more than this of a console's log is sent, in bytes.
-const MAX_LOG_BYTES: u64 = 256 << 10;
-/// Where Debian and Ubuntu keep the template of UEFI variables.
-const OVMF_VARS: [&str; 2] = ["/usr/share/OVMF/OVMF_VARS_4M.fd", "/usr/share/OVMF/OVMF_VARS.fd"];
 
 /// What the daemon tells an instance.
 #[derive(Debug)]
@@ -51,7 +39,7 @@ pub(crate) struct Instance {
     pub status: Option<RunStatus>,
     inbox: mpsc::Receiver<Command>,
     crashes: u32,
-    started: Instant,
+    pub started: Instant,
     retry_at: Option<Instant>,
     gone: bool,
 }
@@ -206,16 +194,6 @@ impl Instance {
         Ok(serde_json::json!({ "stopped": self.record.last_stop }))
     }
 
-    /// The end of the guest's serial console.
-    fn logs(&self, lines: u32) -> Result<serde_json::Value, String> {
-        let path = self.run_dir.join("q/serial.log");
-        let text = read_end(&path, MAX_LOG_BYTES).map_err(|e| format!("cannot read the console's log: {e}"))?;
-        let text = String::from_utf8_lossy(&text);
-        let all: Vec<&str> = text.lines().collect();
-        let shown = &all[all.len().saturating_sub(lines as usize)..];
-        Ok(serde_json::json!({ "lines": shown }))
-    }
-
     /// Starts the runner. What fails is in `last_error`, and the state says so.
     pub(crate) async fn start(&mut self, open_ports: bool) {
         self.retry_at = None;
@@ -233,132 +211,6 @@ impl Instance {
         self.record.last_error = Some(why);
         self.status = None;
         self.set_state(State::Failed);
-    }
-
-    async fn try_start(&mut self, open_ports: bool) -> Result<(), String> {
-        let ordered = Timestamp::now();
-        self.clear_leftovers().await;
-        let version = self.record.version;
-        let manifest = self.manifest(&version).await?;
-        if self.record.disks.is_empty() {
-            self.record.adopt_version(&manifest, version);
-        }
-        self.record.version_name = Some(manifest.version.clone());
-        let memory = self.record.spec.memory.unwrap_or(manifest.hardware.memory);
-        check_memory(memory.0)?;
-        self.record.prepare_start();
-        self.drop_unheld_layers().map_err(|e| format!("cannot tidy its layers: {e}"))?;
-        self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
-        self.note_images();
-        let config = self.run_config(&manifest, ordered, open_ports).map_err(|e| format!("cannot prepare it: {e}"))?;
-        let key = self.ssh_host_key().map_err(|e| format!("cannot make its SSH host key: {e}"))?;
-        seed::write(&config.seed, &self.record.spec, &manifest, &key)
-            .map_err(|e| format!("cannot write its seed disk: {e}"))?;
-        if let Some((uid, gid)) = config.user {
-            let give = |path: &Path| std::os::unix::fs::chown(path, Some(uid), Some(gid));
-            let given = give(&config.seed).and_then(|()| config.uefi_vars.as_deref().map_or(Ok(()), give));
-            given.map_err(|e| format!("cannot give its files to its user: {e}"))?;
-        }
-        write_json(&self.run_dir.join("run.json"), &config).map_err(|e| format!("cannot write run.json: {e}"))?;
-        let _ = std::fs::remove_file(self.run_dir.join("end.json"));
-        let pid = link::spawn(&self.context.config.runner, &self.run_dir)
-            .map_err(|e| format!("cannot start its runner: {e}"))?;
-        self.record.runner_pid = Some(pid);
-        self.record.qemu_pid = None;
-        self.record.last_error = None;
-        self.started = Instant::now();
-        self.save().map_err(|e| format!("cannot keep its record: {e}"))
-    }
-
-    /// Exactly one machine may write to the disks: whatever is left of the last run is ended first.
-    async fn clear_leftovers(&mut self) {
-        if let Some(pid) = self.record.runner_pid.take() {
-            link::kill(pid, &self.run_dir.to_string_lossy()).await;
-        }
-        if let Some(pid) = self.record.qemu_pid.take() {
-            link::kill(pid, &self.record.spec.id.uuid()).await;
-        }
-        link::clear_mount(&self.run_dir.join("v/d")).await;
-    }
-
-    fn drop_unheld_layers(&self) -> std::io::Result<()> {
-        let held = self.record.held_layers();
-        for entry in std::fs::read_dir(self.folder.join("layers"))? {
-            let path = entry?.path();
-            let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u64>().ok());
-            if number.is_some_and(|number| !held.contains(&number)) {
-                std::fs::remove_file(path)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn run_config(
-        &self,
-        manifest: &collective_model::Manifest,
-        ordered: Timestamp,
-        open_ports: bool,
-    ) -> std::io::Result<RunConfig> {
-        let spec = &self.record.spec;
-        let user = rustix::process::geteuid().is_root().then(|| FIRST_USER + self.record.user_index);
-        let guarded = self.run_dir.join("v");
-        create_folder(&guarded, 0o700)?;
-        let uefi_vars = match manifest.hardware.firmware {
-            Firmware::Bios => None,
-            Firmware::Uefi => Some(self.uefi_vars(&guarded)?),
-        };
-        let disks = self.record.disks.iter().map(|disk| RunDisk {
-            name: disk.name.clone(),
-            size: disk.size,
-            image: disk.image.clone(),
-            layers: disk.layers.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
-            create_top: disk.layers.last().is_some_and(|top| self.record.fresh.contains(top)),
-        });
-        Ok(RunConfig {
-            protocol: PROTOCOL,
-            instance: spec.id.clone(),
-            name: spec.name.clone(),
-            ordered,
-            cpus: spec.cpus.unwrap_or(manifest.hardware.cpus),
-            memory_mib: spec.memory.unwrap_or(manifest.hardware.memory).0 >> 20,
-            firmware: manifest.hardware.firmware,
-            uefi_vars,
-            display: manifest.hardware.display,
-            disks: disks.collect(),
-            seed: guarded.join("seed.img"),
-            ports: spec.ports.clone(),
-            open_ports,
-            health: manifest.health.clone(),
-            outbound: spec.outbound,
-            deny: self.context.config.plane.clone(),
-            force_tcg: self.context.config.force_tcg,
-            user: user.map(|user| (user, user)),
-            cache: self.context.config.data.join("cache"),
-            credentials: self.context.config.credentials.clone(),
-        })
-    }
-
-    /// The instance's own SSH host key, made at the first start.
-    fn ssh_host_key(&self) -> Result<SshHostKey, String> {
-        let path = self.folder.join("ssh_host_key.json");
-        if let Some((private, public)) = read_json(&path).map_err(|e| e.to_string())? {
-            return Ok(SshHostKey { private, public });
-        }
-        let key = collective_keys::new_ssh_host_key().map_err(|e| e.to_string())?;
-        write_json(&path, &(&key.private, &key.public)).map_err(|e| e.to_string())?;
-        Ok(key)
-    }
-
-    /// The instance's own UEFI variables, made from the distribution's template at the first start.
-    fn uefi_vars(&self, guarded: &Path) -> std::io::Result<PathBuf> {
-        let path = guarded.join("uefi-vars.fd");
-        if !path.exists() {
-            let template = OVMF_VARS.iter().find(|path| Path::new(path).exists());
-            let template = template
-                .ok_or_else(|| std::io::Error::other("no OVMF firmware is installed; install the package ovmf"))?;
-            std::fs::copy(template, &path)?;
-        }
-        Ok(path)
     }
 
     /// Asks the runner how it is, and notices its end.
@@ -524,17 +376,6 @@ impl Instance {
         Ok(serde_json::json!({ "kept": kept }))
     }
 
-    /// Bytes that a layer takes on the host's disk.
-    pub(crate) fn layer_bytes(&self, layer: u64) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        std::fs::metadata(layer_path(&self.folder, layer)).map_or(0, |meta| meta.blocks() * 512)
-    }
-
-    pub(crate) fn note_images(&self) {
-        let images = self.record.disks.iter().filter_map(|disk| disk.image.clone()).collect();
-        lock(&self.context.used_images).insert(self.record.spec.id.clone(), images);
-    }
-
     /// Follows the table of transitions; one that is not in it is a mistake of ours.
     pub(crate) fn trigger(&mut self, trigger: Trigger) {
         match self.record.state.after(trigger) {
@@ -560,131 +401,5 @@ impl Instance {
         if let Err(error) = self.save() {
             tracing::error!(%error, instance = %self.record.spec.name, "the instance's record cannot be kept");
         }
-    }
-
-    /// Something happened that belongs into the history.
-    pub(crate) fn event(&mut self, what: &str, message: String) {
-        let event = Event {
-            instance: self.record.spec.id.clone(),
-            serial: self.record.next_event,
-            at: Timestamp::now(),
-            what: what.to_owned(),
-            message,
-        };
-        tracing::info!(instance = %self.record.spec.name, what, message = event.message, "event");
-        self.record.next_event += 1;
-        let append = || -> std::io::Result<()> {
-            let path = self.folder.join("events.jsonl");
-            let mut file = std::fs::File::options().create(true).append(true).open(path)?;
-            let mut line = serde_json::to_vec(&event)?;
-            line.push(b'\n');
-            file.write_all(&line)
-        };
-        if let Err(error) = append() {
-            tracing::warn!(%error, "an event cannot be kept");
-        }
-        lock(&self.context.outbox.events).push(event);
-        self.context.outbox.filled.notify_one();
-    }
-
-    /// The plane may have missed some; it knows which it has. The file is ahead of the record after a crash.
-    fn resend_events(&mut self) {
-        let text = std::fs::read_to_string(self.folder.join("events.jsonl")).unwrap_or_default();
-        let events: Vec<Event> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        let used = events.iter().map(|event| event.serial + 1).max().unwrap_or(1);
-        self.record.next_event = self.record.next_event.max(used);
-        lock(&self.context.outbox.events).extend(events);
-    }
-
-    /// Tells the plane what there is to see, if it changed.
-    pub(crate) fn publish(&self) {
-        let observed = self.observed();
-        let mut all = lock(&self.context.outbox.observed);
-        let same = all
-            .get(&observed.id)
-            .is_some_and(|old| Observed { observed_at: observed.observed_at, ..old.clone() } == observed);
-        all.insert(observed.id.clone(), observed);
-        if !same {
-            self.context.outbox.filled.notify_one();
-        }
-    }
-
-    fn observed(&self) -> Observed {
-        let record = &self.record;
-        let status = self.status.clone().unwrap_or_default();
-        let disk = |(index, disk): (usize, &crate::record::DiskRecord)| ObservedDisk {
-            name: disk.name.clone(),
-            role: disk.role,
-            size: disk.size,
-            own_bytes: status
-                .own_bytes
-                .get(index)
-                .copied()
-                .unwrap_or_else(|| disk.layers.iter().map(|layer| self.layer_bytes(*layer)).sum()),
-        };
-        Observed {
-            id: record.spec.id.clone(),
-            generation: record.spec.generation,
-            state: record.state,
-            version: record.version,
-            version_name: record.version_name.clone(),
-            accelerator: status.accelerator,
-            addresses: if status.phase == Phase::Running { vec!["10.0.2.15".into()] } else { Vec::new() },
-            ports: record.spec.ports.clone(),
-            ports_open: status.ports_open,
-            disks: record.disks.iter().enumerate().map(disk).collect(),
-            bytes_fetched: status.bytes_fetched,
-            index_bytes_fetched: status.index_bytes_fetched,
-            bytes_from_cache: status.bytes_from_cache,
-            started_in_ms: status.started_in_ms,
-            first_answer_ms: status.first_answer_ms,
-            frames_missing: status.frames_missing,
-            waiting: status.waiting,
-            health: status.health,
-            probe_output: status.probe_output,
-            last_error: record.last_error.clone(),
-            last_stop: record.last_stop.clone(),
-            power_serial: record.power_serial,
-            checkpoints: record.checkpoints.iter().map(|checkpoint| checkpoint.info.clone()).collect(),
-            observed_at: Timestamp::now(),
-        }
-    }
-
-    /// Manifest of a version, for the procedures.
-    pub(crate) async fn manifest(&self, version: &Digest) -> Result<collective_model::Manifest, String> {
-        let manifest = self.context.manifest(version).await?;
-        if manifest.appliance != self.record.spec.appliance {
-            return Err(format!("version {} is of {}, another appliance", version.short(), manifest.appliance));
-        }
-        Ok(manifest)
-    }
-}
-
-/// The last bytes of a file; nothing if there is no such file yet.
-fn read_end(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
-    let mut file = match std::fs::File::open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        opened => opened?,
-    };
-    let length = file.metadata()?.len();
-    file.seek(std::io::SeekFrom::Start(length.saturating_sub(most)))?;
-    let mut bytes = Vec::new();
-    file.take(most).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// This machine's memory in bytes.
-pub(crate) fn total_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    total.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
-}
-
-fn check_memory(wanted: u64) -> Result<(), String> {
-    match total_memory() {
-        Some(total) if total < wanted => {
-            Err(format!("it needs {} MiB of memory, and this host has {} MiB", wanted >> 20, total >> 20))
-        }
-        _ => Ok(()),
     }
 }

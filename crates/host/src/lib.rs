@@ -12,7 +12,9 @@ mod files;
 mod instance;
 mod link;
 mod record;
+mod report;
 mod seed;
+mod start;
 mod update;
 
 use std::ffi::OsString;
