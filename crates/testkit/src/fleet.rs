@@ -22,7 +22,6 @@ pub struct Fleet {
     up: Option<Child>,
     hosts: Vec<(String, Child)>,
     link: Option<Link>,
-    extra: Vec<String>,
     nobody: bool,
 }
 
@@ -49,20 +48,42 @@ pub fn free_port() -> u16 {
 impl Fleet {
     /// Starts `up` with the program at `program`; its host is called `a`.
     pub fn start(program: impl AsRef<Path>) -> Self {
-        Self::start_with(program, &[])
+        Self::new(program, false, None)
     }
 
     /// The same as the user `nobody`; for tests that run as root.
     pub fn start_as_nobody(program: impl AsRef<Path>) -> Self {
-        Self::new(program, &[], true)
+        Self::new(program, true, None)
     }
 
-    /// The same as [`start`](Self::start) with more arguments for `up`.
-    pub fn start_with(program: impl AsRef<Path>, extra: &[&str]) -> Self {
-        Self::new(program, extra, false)
+    /// The same with everything of the plane and its host on a file system of this many bytes; for tests that run as
+    /// root.
+    pub fn start_on_small_disk(program: impl AsRef<Path>, bytes: u64) -> Self {
+        Self::new(program, false, Some(bytes))
     }
 
-    fn new(program: impl AsRef<Path>, extra: &[&str], nobody: bool) -> Self {
+    /// Mounts a file system of this many bytes at a folder of the fleet, such as a host's before it joins.
+    pub fn small_disk(&self, folder: &str, bytes: u64) {
+        std::fs::create_dir(self.file(folder)).expect("a folder");
+        let options = std::ffi::CString::new(format!("size={bytes},mode=711")).expect("no zero byte");
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("tmpfs", self.file(folder), "tmpfs", flags, options.as_c_str()).expect("a small disk");
+    }
+
+    /// Makes a small file system larger or smaller.
+    pub fn resize_disk(&self, folder: &str, bytes: u64) {
+        let options = std::ffi::CString::new(format!("size={bytes}")).expect("no zero byte");
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount_remount(self.file(folder), flags, options.as_c_str()).expect("the file system is resized");
+    }
+
+    /// Bytes in use on a small file system.
+    pub fn used_space(&self, folder: &str) -> u64 {
+        let found = rustix::fs::statvfs(self.file(folder)).expect("the file system is there");
+        (found.f_blocks - found.f_bfree) * found.f_frsize
+    }
+
+    fn new(program: impl AsRef<Path>, nobody: bool, disk: Option<u64>) -> Self {
         let dir = tempfile::Builder::new().prefix("cl-").tempdir().expect("a temporary directory");
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).expect("its mode");
         let mut program = program.as_ref().to_owned();
@@ -73,15 +94,10 @@ impl Fleet {
             std::fs::copy(&program, &copy).expect("a copy of the program");
             program = copy;
         }
-        let mut fleet = Self {
-            dir,
-            program,
-            up: None,
-            hosts: Vec::new(),
-            link: None,
-            extra: extra.iter().map(|text| (*text).to_owned()).collect(),
-            nobody,
-        };
+        let mut fleet = Self { dir, program, up: None, hosts: Vec::new(), link: None, nobody };
+        if let Some(bytes) = disk {
+            fleet.small_disk("a", bytes);
+        }
         fleet.up();
         fleet
     }
@@ -122,8 +138,7 @@ impl Fleet {
     /// Starts `up` (again) and waits until its host is there.
     pub fn up(&mut self) {
         let listen = self.link.as_ref().map_or("127.0.0.1:0".to_owned(), |link| format!("127.0.0.1:{}", link.target()));
-        let mut arguments = vec!["up", "--name", "a", "--tcg", "--listen", listen.as_str()];
-        arguments.extend(self.extra.iter().map(String::as_str));
+        let arguments = vec!["up", "--name", "a", "--tcg", "--listen", listen.as_str()];
         let child = self.daemon("up", &arguments);
         self.up = Some(child);
         self.wait_for_host("a");

@@ -1,0 +1,285 @@
+//! The plane over its own socket: what makers, hosts and strangers may and may not do. No machine is started.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use collective_api::{
+    Client, Endpoint, HostFacts, HostOrders, HostReport, InstanceView, JoinAnswer, JoinRequest, LaunchRequest,
+    PublishVersion, VersionView,
+};
+use collective_keys::{ChannelPointer, KeyChange, Kind, Signed, SigningKey};
+use collective_model::{Digest, Generation, Manifest, Timestamp};
+use collective_plane::{Listening, Plane, PlaneConfig, serve};
+use collective_store::pack::Pack;
+use collective_store::publish::{DiskReader, KnownBlocks, PackSink, Publisher};
+
+struct Site {
+    folder: tempfile::TempDir,
+    user: Client,
+}
+
+impl Site {
+    async fn open() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = PlaneConfig { data: folder.path().join("plane"), address: Some("127.0.0.1:1".into()) };
+        let (plane, tls) = Plane::open(&config).await.unwrap();
+        let socket = folder.path().join("plane.sock");
+        tokio::spawn(serve(plane, tls, Listening { socket: socket.clone(), tcp: None }));
+        let user = Client::new(Endpoint::Unix(socket), None);
+        let up = async {
+            while user.get::<serde_json::Value>("/v1/status").await.is_err() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), up).await.unwrap();
+        Self { folder, user }
+    }
+
+    fn with(&self, secret: &str) -> Client {
+        Client::new(Endpoint::Unix(self.folder.path().join("plane.sock")), Some(secret.to_owned()))
+    }
+
+    /// Sends the packs of a disk; gives image and packs.
+    async fn upload(&self, seed: u8) -> (Digest, Vec<Digest>) {
+        let mut sink = Collected(Vec::new());
+        let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
+        let image = publisher.add(&Pattern(seed), &[], &|_| {}).unwrap();
+        let (packs, _) = publisher.finish().unwrap();
+        for pack in sink.0 {
+            let path = format!("/v1/appliances/p/app/packs/{}", pack.digest);
+            self.user.put_bytes(&path, pack.bytes.into()).await.unwrap();
+        }
+        (image, packs)
+    }
+
+    async fn publish(&self, manifest: Signed, packs: Vec<Digest>) -> Result<VersionView, String> {
+        let request = PublishVersion { manifest, packs };
+        self.user.post("/v1/appliances/p/app/versions", &request).await.map_err(|e| e.to_string())
+    }
+
+    async fn point(&self, version: Digest, serial: u64, key: &SigningKey) -> Result<(), String> {
+        let pointer = ChannelPointer {
+            appliance: "p/app".parse().unwrap(),
+            channel: "stable".parse().unwrap(),
+            serial,
+            version,
+            created: Timestamp(serial),
+        };
+        let signed = Signed::sign_json(Kind::Channel, &pointer, key).unwrap();
+        self.user.put("/v1/appliances/p/app/channels/stable", &signed).await.map_err(|e| e.to_string())
+    }
+
+    async fn join(&self, name: &str) -> Client {
+        let answer: JoinAnswer =
+            self.user.post("/v1/hosts/join", &JoinRequest { name: name.parse().unwrap() }).await.unwrap();
+        self.with(&answer.secret)
+    }
+}
+
+struct Collected(Vec<Pack>);
+
+impl PackSink for Collected {
+    fn put(&mut self, pack: Pack) -> std::io::Result<()> {
+        self.0.push(pack);
+        Ok(())
+    }
+}
+
+/// One MiB that depends on a number.
+struct Pattern(u8);
+
+impl DiskReader for Pattern {
+    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        let value = |i: u64| ((i / 4096) as u8).wrapping_mul(7).wrapping_add(self.0) | 1;
+        (offset..).zip(buffer).for_each(|(i, byte)| *byte = value(i));
+        Ok(())
+    }
+    fn size(&self) -> u64 {
+        1 << 20
+    }
+    fn next_data(&self, offset: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
+        Ok((offset < self.size()).then(|| offset..self.size()))
+    }
+}
+
+fn manifest(version: &str, image: Digest) -> Manifest {
+    serde_json::from_value(serde_json::json!({
+        "format": 1, "appliance": "p/app", "version": version, "created": "2026-11-22T00:00:00Z",
+        "hardware": { "cpus": 1, "memory": 67108864 },
+        "disks": [{ "name": "system", "role": "system", "size": 1 << 20, "image": image }],
+        "settings": { "password": { "secret": true } }
+    }))
+    .unwrap()
+}
+
+fn sign(manifest: &Manifest, key: &SigningKey) -> Signed {
+    Signed::sign_json(Kind::Manifest, manifest, key).unwrap()
+}
+
+fn report(observed: Vec<collective_model::Observed>) -> HostReport {
+    let facts = HostFacts {
+        version: "0".into(),
+        cpus: 2,
+        memory: 8 << 30,
+        accelerator: "tcg".into(),
+        root: true,
+        cache_bytes: 0,
+        warnings: vec![],
+    };
+    HostReport { facts, observed, operations: vec![], events: vec![] }
+}
+
+#[tokio::test]
+async fn a_version_is_visible_only_when_all_of_it_is_there_and_signed() {
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let (image, packs) = site.upload(1).await;
+    let good = manifest("1", image);
+
+    let missing = site.publish(sign(&good, &key), vec![Digest::of(b"nowhere")]).await.unwrap_err();
+    assert!(missing.contains("no pack"), "{missing}");
+    let incomplete = site.publish(sign(&manifest("1", Digest::of(b"other")), &key), packs.clone()).await.unwrap_err();
+    assert!(incomplete.contains("not complete"), "{incomplete}");
+    let mut forged = sign(&good, &key);
+    forged.payload = forged.payload.replace("67108864", "68157440");
+    assert!(site.publish(forged, packs.clone()).await.unwrap_err().contains("signature"));
+    let mut other_kind = sign(&good, &key);
+    other_kind.kind = Kind::Channel;
+    assert!(site.publish(other_kind, packs.clone()).await.is_err());
+    let mut elsewhere = good.clone();
+    elsewhere.appliance = "p/another".parse().unwrap();
+    assert!(site.publish(sign(&elsewhere, &key), packs.clone()).await.unwrap_err().contains("p/another"));
+    let rubbish = Signed::sign(Kind::Manifest, "{\"format\": 1}".into(), &key);
+    assert!(site.publish(rubbish, packs.clone()).await.unwrap_err().contains("cannot be read"));
+    let newer = Signed::sign(Kind::Manifest, "{\"format\": 2}".into(), &key);
+    assert!(site.publish(newer, packs.clone()).await.unwrap_err().contains("update Collective"));
+    let mut small = good.clone();
+    small.disks[0].size.0 = 4096;
+    assert!(site.publish(sign(&small, &key), packs.clone()).await.unwrap_err().contains("1048576"));
+    let seen: Vec<serde_json::Value> = site.user.get("/v1/appliances").await.unwrap();
+    assert!(seen.is_empty(), "nothing of that became visible");
+
+    let view = site.publish(sign(&good, &key), packs.clone()).await.unwrap();
+    assert_eq!(site.publish(sign(&good, &key), packs.clone()).await.unwrap().digest, view.digest, "repeated");
+    let mut changed = good.clone();
+    changed.summary = "other".into();
+    assert!(site.publish(sign(&changed, &key), packs.clone()).await.unwrap_err().contains("never change"));
+
+    // A publisher keeps its key, until the old one signs another.
+    let thief = SigningKey::generate().unwrap();
+    assert!(
+        site.publish(sign(&manifest("2", image), &thief), packs.clone()).await.unwrap_err().contains("is known by key")
+    );
+    let next = SigningKey::generate().unwrap();
+    let change = |old: &SigningKey, by: &SigningKey, new: &SigningKey| {
+        let change = KeyChange { publisher: "p".parse().unwrap(), old: old.public(), new: new.public() };
+        let signed = Signed::sign_json(Kind::KeyChange, &change, by).unwrap();
+        serde_json::json!({ "change": signed })
+    };
+    let post = async |body: serde_json::Value| site.user.post::<()>("/v1/publishers/p/key", &body).await;
+    assert!(post(change(&key, &thief, &thief)).await.is_err());
+    assert!(post(change(&thief, &thief, &thief)).await.is_err());
+    post(change(&key, &key, &next)).await.unwrap();
+    post(change(&key, &key, &next)).await.unwrap();
+    assert!(site.publish(sign(&manifest("2", image), &key), packs.clone()).await.is_err(), "the old key is over");
+    site.publish(sign(&manifest("2", image), &next), packs).await.unwrap();
+}
+
+#[tokio::test]
+async fn packs_are_what_their_names_say_and_belong_to_their_appliance() {
+    let site = Site::open().await;
+    let put = async |digest: Digest, bytes: Vec<u8>| {
+        site.user.put_bytes(&format!("/v1/appliances/p/app/packs/{digest}"), Bytes::from(bytes)).await
+    };
+    let rubbish = b"not a pack".to_vec();
+    assert!(put(Digest::of(&rubbish), rubbish.clone()).await.unwrap_err().to_string().contains("refused"));
+    assert!(put(Digest::of(b"x"), rubbish).await.unwrap_err().to_string().contains("send it again"));
+    let (_, packs) = site.upload(2).await;
+    let path = |appliance: &str| format!("/v1/appliances/{appliance}/packs/{}", packs[0]);
+    assert_eq!(site.user.get_range(&path("p/app"), 0..4).await.unwrap(), "CLPK");
+    assert!(site.user.get_range(&path("p/other"), 0..4).await.is_err(), "a digest alone grants nothing");
+    assert!(site.user.get_range(&path("p/app"), 0..1 << 40).await.is_err());
+    assert!(site.user.get::<u64>("/v1/appliances/p/..%2f..%2fetc/packs/00").await.is_err());
+}
+
+#[tokio::test]
+async fn channels_move_forward_only_and_by_their_publisher() {
+    let site = Site::open().await;
+    let (key, thief) = (SigningKey::generate().unwrap(), SigningKey::generate().unwrap());
+    let (image, packs) = site.upload(3).await;
+    let first = site.publish(sign(&manifest("1", image), &key), packs.clone()).await.unwrap().digest;
+    let second = site.publish(sign(&manifest("2", image), &key), packs).await.unwrap().digest;
+    assert!(site.point(Digest::of(b"unpublished"), 1, &key).await.unwrap_err().contains("not published"));
+    assert!(site.point(first, 1, &thief).await.unwrap_err().contains("not signed by its publisher"));
+    site.point(first, 5, &key).await.unwrap();
+    site.point(first, 5, &key).await.unwrap();
+    assert!(site.point(second, 5, &key).await.unwrap_err().contains("serials never fall"));
+    assert!(site.point(second, 4, &key).await.unwrap_err().contains("serials never fall"));
+    site.point(second, 6, &key).await.unwrap();
+}
+
+#[tokio::test]
+async fn hosts_and_users_have_their_own_doors() {
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let (image, packs) = site.upload(4).await;
+    let version = site.publish(sign(&manifest("1", image), &key), packs).await.unwrap().digest;
+    site.point(version, 1, &key).await.unwrap();
+    let (host, other) = (site.join("h").await, site.join("g").await);
+    let taken = site.user.post::<JoinAnswer>("/v1/hosts/join", &JoinRequest { name: "h".parse().unwrap() }).await;
+    assert_eq!(taken.unwrap_err().status(), Some(409));
+    host.post::<()>("/v1/hosts/self/report", &report(vec![])).await.unwrap();
+    let stranger = site.with("0000");
+    assert_eq!(stranger.get::<serde_json::Value>("/v1/status").await.unwrap_err().status(), Some(403));
+    assert_eq!(host.get::<serde_json::Value>("/v1/instances").await.unwrap_err().status(), Some(403));
+    assert_eq!(site.user.post::<()>("/v1/hosts/self/report", &report(vec![])).await.unwrap_err().status(), Some(403));
+
+    let launch = LaunchRequest {
+        reference: "p/app".into(),
+        name: Some("n".parse().unwrap()),
+        host: Some("h".parse().unwrap()),
+        follow: None,
+        ports: vec![],
+        settings: [("password".to_owned(), "hunter2".to_owned())].into(),
+        outbound: true,
+        cpus: None,
+        memory: None,
+        authorized_keys: vec![],
+    };
+    let view: InstanceView = site.user.post("/v1/instances", &launch).await.unwrap();
+    let shown = serde_json::to_string(&view).unwrap();
+    assert!(!shown.contains("hunter2"), "a secret is not shown: {shown}");
+    let orders: HostOrders = host.get("/v1/hosts/self/orders?seen=0&wait_ms=0").await.unwrap();
+    assert_eq!(orders.specs[0].settings["password"], "hunter2", "its host needs it");
+    let others: HostOrders = other.get("/v1/hosts/self/orders?seen=0&wait_ms=0").await.unwrap();
+    assert!(others.specs.is_empty(), "other hosts are told nothing of it");
+
+    // Only the owner of this generation is believed.
+    let seen = |generation: u64| {
+        let observed = serde_json::json!({
+            "id": view.spec.id, "generation": generation, "state": "running", "version": version, "version_name": "1",
+            "accelerator": null, "addresses": [], "ports": [], "ports_open": true, "disks": [], "bytes_fetched": 0,
+            "index_bytes_fetched": 0, "bytes_from_cache": 0, "started_in_ms": null, "first_answer_ms": null,
+            "frames_missing": null, "waiting": null, "health": "unknown", "probe_output": null, "last_error": null,
+            "last_stop": null, "power_serial": 1, "checkpoints": [], "observed_at": "2026-11-22T00:00:00Z"
+        });
+        report(vec![serde_json::from_value(observed).unwrap()])
+    };
+    let state = async || {
+        let view: InstanceView = site.user.get("/v1/instances/n").await.unwrap();
+        view.observed.map(|observed| observed.generation)
+    };
+    other.post::<()>("/v1/hosts/self/report", &seen(1)).await.unwrap();
+    assert_eq!(state().await, None, "a stranger's report is not taken");
+    host.post::<()>("/v1/hosts/self/report", &seen(0)).await.unwrap();
+    assert_eq!(state().await, None, "nor an older owner's");
+    host.post::<()>("/v1/hosts/self/report", &seen(1)).await.unwrap();
+    assert_eq!(state().await, Some(Generation(1)));
+    let removed = site.user.delete::<()>("/v1/hosts/h").await.unwrap_err();
+    assert!(removed.to_string().contains("owns 1 instances"), "{removed}");
+    site.user.delete::<()>("/v1/hosts/g").await.unwrap();
+    assert_eq!(
+        other.get::<HostOrders>("/v1/hosts/self/orders?seen=0&wait_ms=0").await.unwrap_err().status(),
+        Some(403)
+    );
+}
