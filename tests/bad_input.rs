@@ -128,6 +128,17 @@ fn versions_never_change_and_publishers_keep_their_keys() {
     fleet.ok(&["trust", "p", &key]);
     fleet.ok(&["publish", &second]);
     assert_eq!(fleet.json(&["show", "p/app"])["manifest"]["version"], "2");
+
+    // The old key can hand over to a new one, and what it signed stays good.
+    let new = fleet.json(&["rekey", "p"])["key"].as_str().unwrap().to_owned();
+    assert_ne!(new, key);
+    fleet.ok(&["publish", &appliance(&fleet, "app", "3")]);
+    assert_eq!(fleet.json(&["verify", "p/app:2"])["key"], key);
+    assert_eq!(fleet.json(&["verify", "p/app:3"])["key"], new);
+    fleet.ok(&["launch", "p/app:2", "--name", "old"]);
+    fleet.ok(&["launch", "p/app:3", "--name", "new"]);
+    fleet.wait("old", "running");
+    fleet.wait("new", "running");
 }
 
 #[test]

@@ -128,6 +128,23 @@ impl SigningKey {
         }
     }
 
+    /// Puts a new key in place of the one in `path`, which stays beside it as `.old`. `vouch` is given the old and the
+    /// new key first, to make everybody else know; if it fails the old key stays.
+    pub async fn replace<E: From<KeyError>>(
+        path: &Path,
+        vouch: impl AsyncFnOnce(&Self, &Self) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let (old, _) = Self::load_or_create(path)?;
+        // Kept before anybody is told of it: a key that others believe in must not be lost.
+        let next = path.with_extension("next");
+        let (new, _) = Self::load_or_create(&next)?;
+        vouch(&old, &new).await?;
+        let file_error = |source| KeyError::File { path: path.to_owned(), source };
+        std::fs::copy(path, path.with_extension("old")).map_err(file_error)?;
+        std::fs::rename(&next, path).map_err(file_error)?;
+        Ok(new)
+    }
+
     /// The public half.
     pub fn public(&self) -> PublicKey {
         PublicKey(self.0.verifying_key().to_bytes())

@@ -19,8 +19,8 @@ pub enum TrustError {
     /// Another key is pinned.
     #[error(
         "publisher \"{publisher}\" is known by key {}, and this is signed by key {}: if the publisher really changed \
-         its key, let it publish a key change signed by the old key, or trust the new one yourself with \
-         `collective trust {publisher} {offered}`", pinned.short(), offered.short()
+         its key, let it do so with `collective rekey`, which the old key signs, or trust the new one yourself with \
+         `collective trust {publisher} {offered}` (and `collective host trust` on each host)", pinned.short(), offered.short()
     )]
     OtherKey {
         /// Whose key.

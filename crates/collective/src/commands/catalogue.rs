@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
 use collective_api::{ApplianceView, Client, KeyUpdate, PlaneStore, VersionDetail};
-use collective_keys::{Kind, Pins, PublicKey};
+use collective_keys::{KeyChange, Kind, Pins, PublicKey, Signed, SigningKey};
 use collective_model::{ApplianceName, ByteSize, Manifest, Name, Reference};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
@@ -207,6 +207,37 @@ impl Trust {
         let path = format!("/v1/publishers/{}/key", self.publisher);
         let () = client.post(&path, &KeyUpdate::Trust(self.key)).await?;
         ui.hint(format!("publisher \"{}\" is now bound to key {}", self.publisher, self.key.short()));
+        Ok(())
+    }
+}
+
+/// Change a publisher's key, signed by the present one, so that planes and hosts follow by themselves
+///
+/// The new key takes the place of the old one in the key file, and the old one stays beside it. Older versions stay
+/// valid.
+///
+/// Example: collective rekey demo
+#[derive(Debug, clap::Args)]
+pub struct Rekey {
+    publisher: Name,
+}
+
+impl Rekey {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let path = super::publish::key_path(&self.publisher);
+        if !path.exists() {
+            bail!("there is no key of publisher \"{}\" here ({})", self.publisher, path.display());
+        }
+        let vouch = async |old: &SigningKey, new: &SigningKey| -> Result<()> {
+            let change = KeyChange { publisher: self.publisher.clone(), old: old.public(), new: new.public() };
+            let signed = Signed::sign_json(Kind::KeyChange, &change, old)?;
+            let url = format!("/v1/publishers/{}/key", self.publisher);
+            Ok(client.post::<()>(&url, &KeyUpdate::Change(signed)).await?)
+        };
+        let new = SigningKey::replace(&path, vouch).await?;
+        let value = serde_json::json!({ "publisher": self.publisher, "key": new.public() });
+        ui.data(&value, |ui| ui.line(format!("publisher \"{}\" now signs with key {}", self.publisher, new.public())));
+        ui.hint(format!("keep a copy of {}", path.display()));
         Ok(())
     }
 }

@@ -317,3 +317,16 @@ fn show_host(ui: &Ui, host: &HostView) {
         ui.line(format!("  warning: {warning}"));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unit_keeps_arguments_whole_and_runners_alive() {
+        let text =
+            unit(&["/usr/local/bin/collective".into(), "up".into(), "--data".into(), "/srv/a \"b\" 100%".into()], true);
+        assert!(text.contains(r#"ExecStart="/usr/local/bin/collective" "up" "--data" "/srv/a \"b\" 100%%""#), "{text}");
+        assert!(text.contains("KillMode=process\n"), "runners are in the unit's control group: {text}");
+    }
+}
