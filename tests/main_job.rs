@@ -131,4 +131,10 @@ fn updates_come_by_themselves_and_wait_while_held() {
     let guest = Guest { port };
     guest.answers();
     assert_eq!(guest.get("/version"), "2");
+    // Whoever goes back is not brought forward again.
+    fleet.ok(&["rollback", "n"]);
+    fleet.wait("n", "healthy");
+    assert_eq!(fleet.json(&["plan", "n"])["to"], "2");
+    assert_eq!(version(&fleet), "1");
+    assert!(fleet.info("n")["operations"].as_array().unwrap().is_empty());
 }

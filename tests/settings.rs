@@ -51,3 +51,21 @@ fn settings_and_resources_reach_the_guest_and_survive() {
     let kept = fleet.json(&["delete", "diary"])["kept"].as_str().unwrap().to_owned();
     assert!(std::path::Path::new(&kept).join("layers").is_dir());
 }
+
+#[test]
+fn a_uefi_machine_starts_its_firmware_and_keeps_its_variables() {
+    let fleet = Fleet::start(PROGRAM);
+    let folder = fleet.file("uefi");
+    std::fs::create_dir(&folder).unwrap();
+    let toml = "publisher='p'\nname='uefi'\nversion='1'\n[hardware]\nmemory='256M'\nfirmware='uefi'\n\
+                [[disk]]\nname='system'\nrole='system'\nfile='system.raw'\n";
+    std::fs::write(folder.join("appliance.toml"), toml).unwrap();
+    std::fs::write(folder.join("system.raw"), vec![0x5a; 1 << 20]).unwrap();
+    fleet.ok(&["publish", &folder.to_string_lossy()]);
+    fleet.ok(&["launch", "p/uefi", "--name", "n"]);
+    fleet.wait("n", "running");
+    eventually("the firmware looks for something to boot", Duration::from_secs(60), || {
+        fleet.ok(&["logs", "n"]).contains("BdsDxe").then_some(())
+    });
+    fleet.ok(&["delete", "n", "--data"]);
+}
