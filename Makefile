@@ -1,6 +1,7 @@
 # What people type. Everything that is needed is installed by deploy/install-deps, and nothing if it is there.
 
 CARGO ?= cargo
+PROGRAM = $(or $(CARGO_TARGET_DIR),target)/release/collective
 export CARGO_TERM_COLOR ?= auto
 
 .PHONY: demo demo-stop test lint install
@@ -8,10 +9,10 @@ export CARGO_TERM_COLOR ?= auto
 demo:            ## the main job on a real Debian appliance
 	deploy/install-deps demo
 	$(CARGO) build --release --bin collective
-	deploy/demo target/release/collective
+	deploy/demo $(PROGRAM)
 
 demo-stop:       ## ends what `make demo` left running and removes it
-	deploy/demo-stop target/release/collective
+	deploy/demo-stop $(PROGRAM)
 
 test: lint       ## everything that is tested, with real QEMU
 	deploy/install-deps test
@@ -23,4 +24,4 @@ lint:            ## format and clippy
 
 install:         ## the program into /usr/local/bin
 	$(CARGO) build --release --bin collective
-	install -m 755 target/release/collective /usr/local/bin/collective
+	install -m 755 $(PROGRAM) /usr/local/bin/collective
