@@ -97,22 +97,77 @@ fn open_file(path: &Path) -> Result<DiskFile, DisksError> {
 
 /// A raw copy of a disk in another format; `None` if it is raw.
 fn convert(path: &Path) -> Result<Option<tempfile::TempPath>, DisksError> {
-    let not = |why: String| DisksError::NotADisk { path: path.to_owned(), why };
     let Some(format) = format_of(path).map_err(|source| DisksError::Read { path: path.to_owned(), source })? else {
         return Ok(None);
     };
     let folder = path.parent().unwrap_or(Path::new("."));
     let raw = tempfile::Builder::new().prefix(".converted-").tempfile_in(folder);
     let raw = raw.map_err(|source| DisksError::Read { path: path.to_owned(), source })?.into_temp_path();
-    // The format is named, never guessed, and a qcow2 that names another file as its backing is refused by qemu-img
-    // only if told so: a disk file must not be able to pull /etc/shadow into an appliance.
-    let info = qemu_img(&["info", "--output=json", "-f", format], path, None).map_err(&not)?;
-    let info: serde_json::Value = serde_json::from_slice(&info).map_err(|e| not(e.to_string()))?;
-    if info.get("backing-filename").is_some() || info.pointer("/format-specific/data/data-file").is_some() {
-        return Err(not("it refers to another file; convert it to a file of its own with qemu-img".into()));
-    }
-    qemu_img(&["convert", "-f", format, "-O", "raw"], path, Some(&raw)).map_err(not)?;
+    raw_copy(path, format, &raw, u64::MAX)?;
     Ok(Some(raw))
+}
+
+/// Writes the disk in `path` as raw into `to`; it must refer to no other file and have at most `limit` bytes.
+pub(crate) fn raw_copy(path: &Path, format: &str, to: &Path, limit: u64) -> Result<(), DisksError> {
+    let not = |why: String| DisksError::NotADisk { path: path.to_owned(), why };
+    let read = |source| DisksError::Read { path: path.to_owned(), source };
+    let elsewhere = || not("it refers to another file; convert it to a file of its own with qemu-img".into());
+    // The format is named, never guessed, and what refers to another file is refused, before qemu-img opens it too: a
+    // disk file must not be able to pull /etc/shadow into an appliance.
+    if refers(path, format).map_err(read)? {
+        return Err(elsewhere());
+    }
+    // A full path is never taken for an option or a protocol.
+    let path = path.canonicalize().map_err(read)?;
+    let info = qemu_img(&["info", "--output=json", "-f", format], &path, None).map_err(&not)?;
+    let info: serde_json::Value = serde_json::from_slice(&info).map_err(|e| not(e.to_string()))?;
+    let extents = info.pointer("/format-specific/data/extents").and_then(|extents| extents.as_array());
+    let own = |extent: &serde_json::Value| {
+        let name = extent.get("filename").and_then(serde_json::Value::as_str);
+        name.is_some_and(|name| Path::new(name) == path)
+    };
+    if info.get("backing-filename").is_some()
+        || info.pointer("/format-specific/data/data-file").is_some()
+        || !extents.is_none_or(|extents| extents.iter().all(own))
+    {
+        return Err(elsewhere());
+    }
+    let size = info.get("virtual-size").and_then(serde_json::Value::as_u64).unwrap_or(u64::MAX);
+    if size > limit {
+        return Err(not(format!(
+            "it holds a disk of {size} bytes, more than the {limit} that are declared or possible"
+        )));
+    }
+    qemu_img(&["convert", "-f", format, "-O", "raw"], &path, Some(to)).map_err(not)?;
+    Ok(())
+}
+
+/// Writes the raw disk `raw` as qcow2 into `to`.
+pub fn raw_to_qcow2(raw: &Path, to: &Path) -> Result<(), DisksError> {
+    let path = raw.canonicalize().map_err(|source| DisksError::Read { path: raw.to_owned(), source })?;
+    let to = std::path::absolute(to).map_err(|source| DisksError::Read { path: to.to_owned(), source })?;
+    let written = qemu_img(&["convert", "-f", "raw", "-O", "qcow2"], &path, Some(&to));
+    written.map(drop).map_err(|why| DisksError::NotADisk { path: raw.to_owned(), why })
+}
+
+/// Whether the image's own header says that its content is elsewhere.
+fn refers(path: &Path, format: &str) -> std::io::Result<bool> {
+    let head = head_of(path)?;
+    let number = |at: usize| head.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_be_bytes);
+    Ok(match format {
+        // A backing file, or a data file (incompatible feature 2, since version 3).
+        "qcow2" => number(8) != 0 || (head.get(7).is_some_and(|version| *version >= 3) && number(72) & 4 != 0),
+        // A text is about other files, and so is a header without a capacity.
+        "vmdk" => !head.starts_with(b"KDMV") || number(12) == 0,
+        _ => false,
+    })
+}
+
+fn head_of(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut head = Vec::new();
+    std::fs::File::open(path)?.take(4096).read_to_end(&mut head)?;
+    Ok(head)
 }
 
 fn qemu_img(arguments: &[&str], path: &Path, to: Option<&Path>) -> Result<Vec<u8>, String> {
@@ -126,10 +181,8 @@ fn qemu_img(arguments: &[&str], path: &Path, to: Option<&Path>) -> Result<Vec<u8
 }
 
 /// The format by its magic number; `None` is raw.
-fn format_of(path: &Path) -> std::io::Result<Option<&'static str>> {
-    use std::io::Read;
-    let mut head = Vec::new();
-    std::fs::File::open(path)?.take(4096).read_to_end(&mut head)?;
+pub(crate) fn format_of(path: &Path) -> std::io::Result<Option<&'static str>> {
+    let head = head_of(path)?;
     let has = |at: usize, magic: &[u8]| head.get(at..at + magic.len()) == Some(magic);
     Ok(match () {
         () if has(0, b"QFI\xfb") => Some("qcow2"),

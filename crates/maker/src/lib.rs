@@ -4,6 +4,10 @@
 
 mod build;
 mod disks;
+mod import;
+mod ova;
+mod ovf;
 
 pub use build::{BuildError, BuiltVersion, build, read_recipe};
-pub use disks::{DiskFile, DisksError, PreparedDisk, open_disks};
+pub use disks::{DiskFile, DisksError, PreparedDisk, open_disks, raw_to_qcow2};
+pub use import::{Import, ImportError, Imported, import};

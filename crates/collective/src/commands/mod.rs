@@ -3,7 +3,9 @@
 mod build;
 mod catalogue;
 mod doctor;
+mod export;
 mod hosts;
+mod import;
 mod info;
 mod launch;
 mod lifecycle;
@@ -47,7 +49,9 @@ pub enum Command {
     Status(up::Status),
     Doctor(doctor::Doctor),
     Build(build::Build),
+    Import(import::Import),
     Publish(publish::Publish),
+    Export(export::Export),
     Search(catalogue::Search),
     Show(catalogue::Show),
     Channels(catalogue::Channels),
@@ -97,6 +101,7 @@ impl Command {
             Self::Up(command) => command.run(ui).await.map(done),
             Self::Down(command) => command.run(ui).await.map(done),
             Self::Build(command) => command.run(ui).map(done),
+            Self::Import(command) => command.run(ui).map(done),
             Self::Doctor(command) => command.run(ui).await,
             Self::Runner(command) => command.run().await,
             Self::Completion(command) => command.run().map(done),
@@ -110,6 +115,7 @@ impl Command {
         match self {
             Self::Status(command) => command.run(ui, client).await?,
             Self::Publish(command) => command.run(ui, client).await?,
+            Self::Export(command) => command.run(ui, client).await?,
             Self::Search(command) => command.run(ui, client).await?,
             Self::Show(command) => command.run(ui, client).await?,
             Self::Channels(command) => command.run(ui, client).await?,
@@ -137,7 +143,7 @@ impl Command {
             Self::Rollback(command) => command.run(ui, client).await?,
             Self::Token(command) => command.run(ui, client).await?,
             Self::Up(_) | Self::Down(_) | Self::Build(_) | Self::Runner(_) | Self::Doctor(_) => {}
-            Self::Completion(_) | Self::Version(_) | Self::Host(_) => {}
+            Self::Import(_) | Self::Completion(_) | Self::Version(_) | Self::Host(_) => {}
         }
         Ok(ExitCode::SUCCESS)
     }
