@@ -43,7 +43,7 @@ impl Search {
 }
 
 /// Percent-encodes a query value (RFC 3986).
-pub(super) fn escape(text: &str) -> String {
+fn escape(text: &str) -> String {
     let byte = |b: u8| match b {
         b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b':' | b'@' => {
             char::from(b).to_string()
@@ -53,12 +53,24 @@ pub(super) fn escape(text: &str) -> String {
     text.bytes().map(byte).collect()
 }
 
-async fn resolve(client: &Client, reference: &Reference) -> Result<(VersionDetail, Manifest)> {
+pub(super) async fn resolve(client: &Client, reference: &Reference) -> Result<(VersionDetail, Manifest)> {
     let detail: VersionDetail =
         client.get(&format!("/v1/resolve?reference={}", escape(&reference.to_string()))).await?;
     let text = detail.manifest.verified(Kind::Manifest)?;
     let manifest = Manifest::parse(text.as_bytes())?;
     Ok((detail, manifest))
+}
+
+/// The version must be signed by the key that its publisher is bound to.
+pub(super) async fn trusted(client: &Client, detail: &VersionDetail, manifest: &Manifest) -> Result<()> {
+    let publisher = &manifest.appliance.publisher;
+    let views: Vec<ApplianceView> = client.get(&format!("/v1/appliances?query={}", manifest.appliance)).await?;
+    let mut pins = Pins::default();
+    if let Some(view) = views.into_iter().find(|view| view.appliance == manifest.appliance) {
+        pins.trust(publisher, view.key);
+    }
+    pins.accept_with_changes(publisher, detail.manifest.key, &detail.key_changes)?;
+    Ok(())
 }
 
 /// Show a version: hardware, disks, ports, settings
@@ -146,13 +158,7 @@ pub struct Verify {
 impl Verify {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
         let (detail, manifest) = resolve(client, &self.reference).await?;
-        let views: Vec<ApplianceView> = client.get(&format!("/v1/appliances?query={}", manifest.appliance)).await?;
-        let publisher = views.into_iter().find(|view| view.appliance == manifest.appliance).map(|view| view.key);
-        let mut pins = Pins::default();
-        if let Some(key) = publisher {
-            pins.trust(&manifest.appliance.publisher, key);
-        }
-        pins.accept_with_changes(&manifest.appliance.publisher, detail.manifest.key, &detail.key_changes)?;
+        trusted(client, &detail, &manifest).await?;
         let digest = detail.manifest.digest();
         let folder = tempfile::tempdir().context("cannot make a folder to read the version into")?;
         let source = PlaneStore::new(Arc::new(client.another()), &folder.path().join("versions"));

@@ -6,15 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use collective_api::{ApplianceView, Client, PlaneStore, VersionDetail};
-use collective_keys::{Kind, Pins};
+use collective_api::{Client, PlaneStore};
 use collective_model::{ByteSize, Disk, DiskRole, Manifest, Name, Reference};
 use collective_store::BLOCK;
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::image::{ImageMap, Run};
 
-use super::catalogue::escape;
+use super::catalogue::{resolve, trusted};
 use crate::ui::Ui;
 
 /// Write a published disk into a file that other hypervisors take
@@ -40,9 +39,7 @@ impl Export {
         if self.file.symlink_metadata().is_ok() {
             bail!("{} is there already; remove it or name another file", self.file.display());
         }
-        let path = format!("/v1/resolve?reference={}", escape(&reference.to_string()));
-        let detail: VersionDetail = client.get(&path).await?;
-        let manifest = Manifest::parse(detail.manifest.verified(Kind::Manifest)?.as_bytes())?;
+        let (detail, manifest) = resolve(client, &reference).await?;
         let disk = choose(&manifest, self.disk.as_ref())?;
         trusted(client, &detail, &manifest).await?;
         // Beside the file, so that the last step is a rename.
@@ -73,18 +70,6 @@ impl Export {
         });
         Ok(())
     }
-}
-
-/// The version must be signed by the key that its publisher is bound to.
-async fn trusted(client: &Client, detail: &VersionDetail, manifest: &Manifest) -> Result<()> {
-    let publisher = &manifest.appliance.publisher;
-    let views: Vec<ApplianceView> = client.get(&format!("/v1/appliances?query={}", manifest.appliance)).await?;
-    let mut pins = Pins::default();
-    if let Some(view) = views.into_iter().find(|view| view.appliance == manifest.appliance) {
-        pins.trust(publisher, view.key);
-    }
-    pins.accept_with_changes(publisher, detail.manifest.key, &detail.key_changes)?;
-    Ok(())
 }
 
 fn reference(text: &str) -> Result<Reference> {
