@@ -96,7 +96,8 @@ pub fn build(
         return Err(BuildError::Version { version: version.clone(), known: known.join(", ") });
     }
     let folder = folder.canonicalize().map_err(io("enter", folder))?;
-    let work = folder.join("build/work");
+    // No version can have this name.
+    let work = folder.join("build/.work");
     std::fs::create_dir_all(&work).map_err(io("create", &work))?;
     let wanted = plan.versions.iter().filter(|version| only.is_empty() || only.contains(version));
     let mut built = Vec::new();

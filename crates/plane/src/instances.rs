@@ -310,7 +310,10 @@ fn check_ports(request: &LaunchRequest, manifest: &Manifest, host: &Name, instan
                 offered.join(", ")
             )));
         }
-        let same = |other: &collective_model::PublishedPort| other.host == port.host && other.address == port.address;
+        let same = |other: &collective_model::PublishedPort| {
+            let overlap = other.address.is_unspecified() || port.address.is_unspecified();
+            other.host == port.host && (overlap || other.address == port.address)
+        };
         if request.ports[..index].iter().any(same) {
             return Err(Failure::invalid(format!("port {} is published twice", port.host)));
         }

@@ -328,9 +328,11 @@ impl Running {
 fn note(shared: &Shared, event: vmm::Event, retry: Option<Instant>) -> Option<Instant> {
     match event {
         vmm::Event::BlockError { device, nospace, reason, .. } => {
-            let what = if nospace { "the host's disk is full" } else { "a disk request failed" };
-            shared.status().paused =
-                Some(format!("{what} ({device}: {reason}); free space, the guest goes on by itself"));
+            let (what, hint) = match nospace {
+                true => ("the host's disk is full", "free space, and the guest goes on by itself"),
+                false => ("a disk request failed", "it is tried again every few seconds; the runner's log says more"),
+            };
+            shared.status().paused = Some(format!("{what} ({device}: {reason}); {hint}"));
             Some(Instant::now() + RETRY_PAUSED)
         }
         vmm::Event::Resumed => {
