@@ -60,5 +60,5 @@ pub fn open_source(config: &RunConfig) -> Result<Arc<dyn Source>, String> {
         let folder = path.parent().unwrap_or(Path::new("/"));
         Ok(Arc::new(PlaneStore::new(Arc::new(credentials.client()?), &folder.join("versions"))))
     };
-    open().map_err(|error| format!("{error:#}"))
+    open().map_err(|error| crate::ui::chain(&error))
 }

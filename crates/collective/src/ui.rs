@@ -48,10 +48,10 @@ impl Ui {
     /// Why a command failed.
     pub fn error(&self, error: &anyhow::Error) {
         if self.json {
-            let problem = serde_json::json!({ "error": format!("{error:#}") });
+            let problem = serde_json::json!({ "error": chain(error) });
             let _ = writeln!(std::io::stderr(), "{problem}");
         } else {
-            let _ = writeln!(std::io::stderr(), "collective: {error:#}");
+            let _ = writeln!(std::io::stderr(), "collective: {}", chain(error));
         }
     }
 
@@ -77,6 +77,17 @@ impl Ui {
         bar.enable_steady_tick(Duration::from_millis(120));
         bar
     }
+}
+
+/// An error with its causes, each said once: many of ours say their cause in their own words already.
+pub fn chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// Columns, padded to the widest cell.

@@ -104,7 +104,7 @@ impl Command {
             Self::Import(command) => command.run(ui).map(done),
             Self::Doctor(command) => command.run(ui).await,
             Self::Runner(command) => command.run().await,
-            Self::Completion(command) => command.run().map(done),
+            Self::Completion(command) => command.run(ui).map(done),
             Self::Version(command) => command.run(ui).map(done),
             Self::Host(command) => command.run(ui, connect).await.map(done),
             command => command.run_with(ui, &connect.client()?).await,
@@ -158,8 +158,11 @@ pub struct Completion {
 }
 
 impl Completion {
-    fn run(self) -> Result<()> {
-        clap_complete::generate(self.shell, &mut Cli::command(), "collective", &mut std::io::stdout());
+    fn run(self, ui: &Ui) -> Result<()> {
+        // Into memory first: the generator panics where a reader goes away.
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), "collective", &mut script);
+        ui.line(String::from_utf8_lossy(&script).trim_end());
         Ok(())
     }
 }

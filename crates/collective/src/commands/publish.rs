@@ -265,7 +265,7 @@ impl Uploads {
 
 impl PackSink for Uploads {
     fn put(&mut self, pack: Pack) -> io::Result<()> {
-        self.runtime.block_on(self.send(pack)).map_err(|error| io::Error::other(format!("{error:#}")))
+        self.runtime.block_on(self.send(pack)).map_err(|error| io::Error::other(crate::ui::chain(&error)))
     }
 }
 
