@@ -105,13 +105,18 @@ fn a_lazy_launch_waits_for_a_store_that_is_away() {
     link.cut();
     let carried = link.carried();
     assert!(carried < 10_000_000, "{carried}");
-    // Nobody can tell the plane; the host itself goes on, and its guest waits.
-    let serial_before = fleet.serial("n");
+    // Nobody can tell the plane; the host itself knows that its guest waits, for what, and how much is missing.
+    let waiting = eventually("the guest waits for the store", LONG, || {
+        let status = fleet.runner_status("n");
+        status["waiting"].as_str().map(|why| (why.to_owned(), status["frames_missing"].as_u64()))
+    });
+    assert!(waiting.0.contains("the store cannot be reached"), "{waiting:?}");
+    assert!(waiting.1 > Some(0), "{waiting:?}");
+    assert!(guest.request("GET", "/health", "").is_none(), "it cannot have booted yet");
     link.mend();
     link.slow(0);
     fleet.wait("n", "healthy");
     guest.answers();
-    assert!(fleet.serial("n").len() >= serial_before.len());
     eventually("everything is fetched", LONG, || (fleet.info("n")["frames_missing"] == 0).then_some(()));
 
     // Now that everything is here, neither store nor plane are needed to start.

@@ -120,7 +120,7 @@ fn updates_come_by_themselves_and_wait_while_held() {
     fleet.ok(&["hold", "n", "--until", "1h"]);
     publish(&fleet, "2");
     let version = |fleet: &Fleet| fleet.info("n")["version"].as_str().unwrap().to_owned();
-    // The reconciler has seen the new head when another instance's order, given later, is done.
+    // That the reconciler has looked and decided against it is proved in crates/plane/tests/api.rs.
     assert_eq!(fleet.json(&["plan", "n"])["to"], "2");
     assert_eq!(version(&fleet), "1");
     assert!(fleet.info("n")["operations"].as_array().unwrap().is_empty());

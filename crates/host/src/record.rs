@@ -190,6 +190,13 @@ impl Record {
         }
     }
 
+    /// The version's name, or the first digits of its digest before the name is known.
+    pub fn version_name(&self) -> VersionName {
+        // Twelve hexadecimal digits are always a version name.
+        let digits = || self.version.short().parse().unwrap_or_else(|_| unreachable!("a digest's digits are a name"));
+        self.version_name.clone().unwrap_or_else(digits)
+    }
+
     /// Freezes the present under a name. `own_bytes` tells what a layer takes.
     pub fn checkpoint(&mut self, why: String, before_update: bool, own_bytes: &dyn Fn(u64) -> u64) -> CheckpointId {
         let id = CheckpointId(self.next_checkpoint);
@@ -200,7 +207,7 @@ impl Record {
             taken: Timestamp::now(),
             why,
             version: self.version,
-            version_name: self.version_name.clone().unwrap_or_else(|| unnamed(&self.version)),
+            version_name: self.version_name(),
             own_bytes: layers.map(|layer| own_bytes(*layer)).sum(),
         };
         self.checkpoints.push(CheckpointRecord { info, before_update, disks: self.disks.clone() });
@@ -256,11 +263,6 @@ impl Record {
         let excess = self.done.len().saturating_sub(REMEMBERED);
         self.done.drain(..excess);
     }
-}
-
-fn unnamed(version: &Digest) -> VersionName {
-    // Twelve hexadecimal digits are always a version name.
-    version.short().parse().unwrap_or_else(|_| unreachable!("a digest's digits are a name"))
 }
 
 /// Where a layer is.

@@ -67,8 +67,7 @@ impl Instance {
     }
 
     fn version_name(&self) -> VersionName {
-        let fallback = || self.record.version.short().parse().unwrap_or_else(|_| unreachable!("digits are a name"));
-        self.record.version_name.clone().unwrap_or_else(fallback)
+        self.record.version_name()
     }
 
     /// What an update would fetch, exactly.
@@ -117,9 +116,10 @@ impl Instance {
         }
         let before = self.freeze(format!("before update to {target}"), true);
         self.record.adopt_version(&needs.manifest, to);
-        self.record.update = Some(UpdateJournal { operation: id.clone(), before, bytes_fetched, closed });
+        let journal = UpdateJournal { operation: id.clone(), before, bytes_fetched, closed };
+        self.record.update = Some(journal.clone());
         self.save().map_err(|e| format!("cannot record the update, so it was not begun: {e}"))?;
-        let result = self.gate().await;
+        let result = self.gate(&journal).await?;
         serde_json::to_value(result).map_err(|e| e.to_string())
     }
 
@@ -171,19 +171,24 @@ impl Instance {
         if self.record.state != State::Updating {
             self.set_state(State::Updating);
         }
-        let result = self.gate().await;
-        let state = match serde_json::to_value(result) {
+        let result =
+            self.gate(&journal).await.and_then(|result| serde_json::to_value(result).map_err(|e| e.to_string()));
+        let state = match result {
             Ok(result) => OperationState::Done { result },
-            Err(error) => OperationState::Failed { error: error.to_string() },
+            Err(error) => OperationState::Failed { error },
         };
         self.conclude(journal.operation, state);
     }
 
-    /// Starts the new version with closed ports and decides by its health.
-    async fn gate(&mut self) -> UpdateResult {
-        let Some(journal) = self.record.update.clone() else { unreachable!("the gate is held for a journaled update") };
+    /// Starts the new version with closed ports and decides by its health. The error: the record is damaged.
+    async fn gate(&mut self, journal: &UpdateJournal) -> Result<UpdateResult, String> {
         let before = self.record.checkpoints.iter().find(|checkpoint| checkpoint.info.id == journal.before).cloned();
-        let Some(before) = before else { unreachable!("the journal's checkpoint is never dropped") };
+        let Some(before) = before else {
+            // Never dropped by us, but the record is a file: without the way back the new version is not tried.
+            let why = format!("its record names checkpoint {} to come back to, and has none such", journal.before.0);
+            self.give_up(format!("an update cannot be finished: {why}; restore the record from a backup"));
+            return Err(why);
+        };
         let (from, to) = (before.info.version_name.clone(), self.version_name());
         let mut result = UpdateResult {
             updated: true,
@@ -212,7 +217,7 @@ impl Instance {
         if !self.record.spec.on {
             self.stop(STOP_LIMIT).await;
         }
-        result
+        Ok(result)
     }
 
     /// Waits until the new version has proved itself, and lets users in. The error says why it has not.

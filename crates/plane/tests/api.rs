@@ -8,7 +8,7 @@ use collective_api::{
     PublishVersion, VersionView,
 };
 use collective_keys::{ChannelPointer, KeyChange, Kind, Signed, SigningKey};
-use collective_model::{Digest, Generation, Manifest, Timestamp};
+use collective_model::{Digest, Generation, InstanceId, Manifest, Observed, Timestamp};
 use collective_plane::{Listening, Plane, PlaneConfig, serve};
 use collective_store::pack::Pack;
 use collective_store::publish::{DiskReader, KnownBlocks, PackSink, Publisher};
@@ -116,7 +116,7 @@ fn sign(manifest: &Manifest, key: &SigningKey) -> Signed {
     Signed::sign_json(Kind::Manifest, manifest, key).unwrap()
 }
 
-fn report(observed: Vec<collective_model::Observed>) -> HostReport {
+fn report(observed: Vec<Observed>) -> HostReport {
     let facts = HostFacts {
         version: "0".into(),
         cpus: 2,
@@ -127,6 +127,18 @@ fn report(observed: Vec<collective_model::Observed>) -> HostReport {
         warnings: vec![],
     };
     HostReport { facts, observed, operations: vec![], events: vec![] }
+}
+
+/// What a host says of an instance that runs.
+fn running(id: &InstanceId, generation: u64, version: Digest) -> Observed {
+    let observed = serde_json::json!({
+        "id": id, "generation": generation, "state": "running", "version": version, "version_name": "1",
+        "accelerator": null, "addresses": [], "ports": [], "ports_open": true, "disks": [], "bytes_fetched": 0,
+        "index_bytes_fetched": 0, "bytes_from_cache": 0, "started_in_ms": null, "first_answer_ms": null,
+        "frames_missing": null, "waiting": null, "health": "unknown", "probe_output": null, "last_error": null,
+        "last_stop": null, "power_serial": 1, "checkpoints": [], "observed_at": "2026-11-22T00:00:00Z"
+    });
+    serde_json::from_value(observed).unwrap()
 }
 
 #[tokio::test]
@@ -255,16 +267,7 @@ async fn hosts_and_users_have_their_own_doors() {
     assert!(others.specs.is_empty(), "other hosts are told nothing of it");
 
     // Only the owner of this generation is believed.
-    let seen = |generation: u64| {
-        let observed = serde_json::json!({
-            "id": view.spec.id, "generation": generation, "state": "running", "version": version, "version_name": "1",
-            "accelerator": null, "addresses": [], "ports": [], "ports_open": true, "disks": [], "bytes_fetched": 0,
-            "index_bytes_fetched": 0, "bytes_from_cache": 0, "started_in_ms": null, "first_answer_ms": null,
-            "frames_missing": null, "waiting": null, "health": "unknown", "probe_output": null, "last_error": null,
-            "last_stop": null, "power_serial": 1, "checkpoints": [], "observed_at": "2026-11-22T00:00:00Z"
-        });
-        report(vec![serde_json::from_value(observed).unwrap()])
-    };
+    let seen = |generation: u64| report(vec![running(&view.spec.id, generation, version)]);
     let state = async || {
         let view: InstanceView = site.user.get("/v1/instances/n").await.unwrap();
         view.observed.map(|observed| observed.generation)
@@ -282,4 +285,51 @@ async fn hosts_and_users_have_their_own_doors() {
         other.get::<HostOrders>("/v1/hosts/self/orders?seen=0&wait_ms=0").await.unwrap_err().status(),
         Some(403)
     );
+}
+
+#[tokio::test]
+async fn updates_come_to_followers_but_not_to_those_held_or_brought_back() {
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let (image, packs) = site.upload(5).await;
+    let first = site.publish(sign(&manifest("1", image), &key), packs.clone()).await.unwrap().digest;
+    let second = site.publish(sign(&manifest("2", image), &key), packs).await.unwrap().digest;
+    site.point(second, 1, &key).await.unwrap();
+    let host = site.join("h").await;
+    host.post::<()>("/v1/hosts/self/report", &report(vec![])).await.unwrap();
+    // The reconciler goes through instances by name: when the last one has its order, it has decided about all.
+    let names = ["a-back", "a-held", "z-plain"];
+    let mut specs = Vec::new();
+    for name in names {
+        let launch = serde_json::json!({ "reference": "p/app:1", "name": name, "outbound": true });
+        let view: InstanceView = site.user.post("/v1/instances", &launch).await.unwrap();
+        specs.push(view.spec);
+    }
+    let observed = specs.iter().map(|spec| running(&spec.id, 1, first)).collect();
+    host.post::<()>("/v1/hosts/self/report", &report(observed)).await.unwrap();
+    let rollback = serde_json::json!({ "do": "rollback", "with_data": false });
+    let view: collective_api::OperationView =
+        site.user.post("/v1/instances/a-back/operations", &rollback).await.unwrap();
+    let result = serde_json::json!({ "from_digest": second });
+    let mut done = report(vec![]);
+    done.operations = vec![(view.operation.id, collective_model::OperationState::Done { result })];
+    host.post::<()>("/v1/hosts/self/report", &done).await.unwrap();
+    let hold = serde_json::json!({ "hold_until": Timestamp::now().plus(Duration::from_secs(3600)) });
+    site.user.patch::<InstanceView>("/v1/instances/a-held", &hold).await.unwrap();
+    for name in names {
+        let follow = serde_json::json!({ "follow": "stable" });
+        site.user.patch::<InstanceView>(&format!("/v1/instances/{name}"), &follow).await.unwrap();
+    }
+    let orders = async {
+        loop {
+            let orders: HostOrders = host.get("/v1/hosts/self/orders?seen=0&wait_ms=0").await.unwrap();
+            if orders.operations.iter().any(|operation| operation.instance == specs[2].id) {
+                return orders.operations;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let orders = tokio::time::timeout(Duration::from_secs(20), orders).await.unwrap();
+    assert_eq!(orders.len(), 1, "{orders:?}");
+    assert_eq!(orders[0].kind, collective_model::OperationKind::Update { to: second });
 }

@@ -2,7 +2,9 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -260,6 +262,16 @@ impl Fleet {
     /// The folder of a host.
     pub fn host_data(&self, host: &str) -> PathBuf {
         if host == "a" { self.file("a/host") } else { self.file(host) }
+    }
+
+    /// What the runner of an instance says of it, asked on its own socket.
+    pub fn runner_status(&self, name: &str) -> Value {
+        let dir = self.run_dir(&self.info(name)).expect("a run directory");
+        let mut stream = UnixStream::connect(dir.join("runner.sock")).expect("the runner answers");
+        stream.write_all(b"{\"op\":\"status\"}\n").expect("the runner reads");
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).expect("the runner answers");
+        serde_json::from_str(&line).expect("an answer")
     }
 
     /// The runner of an instance.
