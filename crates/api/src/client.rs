@@ -6,13 +6,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, RANGE};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, RANGE, UPGRADE};
+use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Endpoint, EndpointError, Problem};
+use crate::{Endpoint, EndpointError, Problem, TUNNEL_PROTOCOL};
 
 /// An answer is at most this long, in bytes: a whole pack.
 const MAX_ANSWER: usize = 80 << 20;
@@ -20,6 +21,9 @@ const MAX_ANSWER: usize = 80 << 20;
 const KEPT: usize = 8;
 /// Longer than any long poll.
 const LIMIT: Duration = Duration::from_secs(120);
+
+/// A stream of bytes to the other end of a tunnel.
+pub type Tunnel = TokioIo<Upgraded>;
 
 /// A way to a plane. Requests may run side by side.
 pub struct Client {
@@ -133,6 +137,32 @@ impl Client {
         Ok(bytes)
     }
 
+    /// POST that becomes a stream of bytes, on a connection of its own.
+    pub async fn tunnel(&self, path: &str, body: &impl Serialize) -> Result<Tunnel, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|e| self.broken(e))?;
+        let mut request = self.request(Method::POST, path).header(CONTENT_TYPE, "application/json");
+        request = request.header(CONNECTION, "upgrade").header(UPGRADE, TUNNEL_PROTOCOL);
+        let request = request.body(Full::new(body.into())).map_err(|e| self.broken(e))?;
+        let exchange = async {
+            let response = self.connect().await?.send_request(request).await.map_err(|e| self.broken(cause(&e)))?;
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                return hyper::upgrade::on(response).await.map(TokioIo::new).map_err(|e| self.broken(cause(&e)));
+            }
+            let status = response.status();
+            let bytes = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+            Err(refused(path, status, &bytes.map_err(|e| self.broken(e))?.to_bytes()))
+        };
+        tokio::time::timeout(LIMIT, exchange).await.map_err(|_| self.broken("no answer within two minutes"))?
+    }
+
+    fn request(&self, method: Method, path: &str) -> hyper::http::request::Builder {
+        let request = Request::builder().method(method).uri(path).header(HOST, "collective");
+        match &self.secret {
+            Some(secret) => request.header(AUTHORIZATION, format!("Bearer {secret}")),
+            None => request,
+        }
+    }
+
     async fn with_body<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -153,12 +183,9 @@ impl Client {
     }
 
     async fn send(&self, method: Method, path: &str, range: Option<String>, body: Bytes) -> Result<Bytes, ClientError> {
-        let mut request = Request::builder().method(method).uri(path).header(HOST, "collective");
+        let mut request = self.request(method, path);
         if !body.is_empty() {
             request = request.header(CONTENT_TYPE, "application/json");
-        }
-        if let Some(secret) = &self.secret {
-            request = request.header(AUTHORIZATION, format!("Bearer {secret}"));
         }
         if let Some(range) = range {
             request = request.header(RANGE, range);
@@ -169,11 +196,7 @@ impl Client {
         if status.is_success() {
             return Ok(bytes);
         }
-        let message = match serde_json::from_slice::<Problem>(&bytes) {
-            Ok(problem) => problem.error,
-            Err(_) => format!("the plane answered {status} to {path}"),
-        };
-        Err(ClientError::Refused { status: status.as_u16(), message })
+        Err(refused(path, status, &bytes))
     }
 
     async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), ClientError> {
@@ -197,15 +220,27 @@ impl Client {
                 return Ok(kept);
             }
         }
+        self.connect().await
+    }
+
+    async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
         let stream = self.endpoint.connect().await?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(cause(&e)))?;
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            if let Err(error) = connection.with_upgrades().await {
                 tracing::debug!(%error, "a connection to the plane ended");
             }
         });
         Ok(sender)
     }
+}
+
+fn refused(path: &str, status: StatusCode, body: &[u8]) -> ClientError {
+    let message = match serde_json::from_slice::<Problem>(body) {
+        Ok(problem) => problem.error,
+        Err(_) => format!("the plane answered {status} to {path}"),
+    };
+    ClientError::Refused { status: status.as_u16(), message }
 }
 
 /// hyper's own words hide the reason one level down.

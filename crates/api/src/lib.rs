@@ -9,7 +9,7 @@ mod endpoint;
 mod store;
 mod wire;
 
-pub use client::{Client, ClientError};
+pub use client::{Client, ClientError, Tunnel};
 pub use endpoint::{Endpoint, EndpointError, Fingerprint, Token, TokenKind, fingerprint};
 pub use store::{PlaneStore, StoreError};
 pub use wire::*;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use collective_keys::{PublicKey, Signed};
 use collective_model::{
     ApplianceName, ByteSize, Digest, InstanceId, Name, Observed, Operation, OperationId, OperationState, PublishedPort,
-    Spec, Timestamp, VersionName,
+    Spec, Timestamp, TunnelId, VersionName,
 };
 use collective_store::PackInfo;
 use serde::{Deserialize, Serialize};
@@ -287,6 +287,53 @@ pub struct InstancePatch {
     pub disk_sizes: BTreeMap<Name, ByteSize>,
 }
 
+/// What a connection is upgraded to when it becomes a tunnel.
+pub const TUNNEL_PROTOCOL: &str = "collective-tunnel";
+
+/// `POST /v1/instances/NAME/tunnel`, which becomes a stream of bytes: where in the instance it leads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "to", rename_all = "kebab-case")]
+pub enum TunnelTarget {
+    /// A TCP port of the guest, published or not; refused while an update has closed the published ports.
+    Port {
+        /// Which.
+        port: u16,
+    },
+    /// The serial console, after the end of what it said already; for one at a time.
+    Console {
+        /// Whether whoever is there is thrown out.
+        force: bool,
+    },
+    /// What the guest writes to its serial console, from now on and without an end.
+    Log {
+        /// How many lines from before come first.
+        lines: u32,
+    },
+    /// The content of a disk of an instance that is off, as [`collective_store::sparse`] says.
+    Disk {
+        /// Which.
+        disk: Name,
+    },
+}
+
+/// A tunnel that a host should open: it connects to the target, then to `POST /v1/hosts/self/tunnels/ID`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelOrder {
+    /// Names it.
+    pub id: TunnelId,
+    /// Into which instance.
+    pub instance: InstanceId,
+    /// Where it leads.
+    pub target: TunnelTarget,
+}
+
+/// The body of a host's `POST /v1/hosts/self/tunnels/ID`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelAnswer {
+    /// Why the target cannot be reached; none: it is, and the bytes follow.
+    pub refused: Option<String>,
+}
+
 /// Something that happened to an instance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
@@ -327,6 +374,9 @@ pub struct HostOrders {
     pub specs: Vec<Spec>,
     /// Operations that are not finished.
     pub operations: Vec<Operation>,
+    /// Tunnels that users wait for.
+    #[serde(default)]
+    pub tunnels: Vec<TunnelOrder>,
 }
 
 /// What an operation's `result` holds after `plan`.

@@ -26,6 +26,12 @@ struct ConfigFile {
 }
 
 impl Connect {
+    /// Lets another program, and ours below it, talk to the same plane; a token never stands on a command line.
+    pub fn pass_on(&self, command: &mut std::process::Command) {
+        let given = [("COLLECTIVE_URL", &self.url), ("COLLECTIVE_TOKEN", &self.token)];
+        command.envs(given.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?))));
+    }
+
     /// A client for the chosen plane: options and environment first, then the config file, then the local socket.
     pub fn client(&self) -> Result<Client> {
         let file = config_file()?;

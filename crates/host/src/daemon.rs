@@ -1,12 +1,12 @@
 //! The daemon itself: orders come in, reports go out, the cache is kept within its budget.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use collective_api::{Client, ClientError, HostFacts, HostOrders, HostReport, PlaneStore};
-use collective_model::{InstanceId, OperationId, Spec};
+use collective_model::{InstanceId, OperationId, Spec, TunnelId};
 use collective_store::cache::Cache;
 use collective_store::image::ImageMap;
 use tokio::sync::mpsc;
@@ -16,6 +16,7 @@ use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json};
 use crate::instance::{Command, Instance, record_path};
 use crate::record::Record;
+use crate::tunnel::{self, Console, Place};
 
 /// A report goes out at least this often, so that the plane knows that the host is there.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -65,8 +66,13 @@ pub async fn run(config: HostConfig, client: Arc<Client>) -> Result<(), HostErro
     let cache = Cache::open(&data.join("cache")).map_err(folder)?;
     let store = Arc::new(PlaneStore::new(client.clone(), &data.join("versions")));
     let context = Arc::new(Context::new(config, store, cache).map_err(folder)?);
-    let mut daemon =
-        Daemon { context: context.clone(), client: client.clone(), instances: HashMap::new(), next_user: 0 };
+    let mut daemon = Daemon {
+        context: context.clone(),
+        client: client.clone(),
+        instances: HashMap::new(),
+        tunnels: HashSet::new(),
+        next_user: 0,
+    };
     daemon.take_up_instances().map_err(folder)?;
     tokio::join!(daemon.follow_orders(), report(&context, &client), keep_cache(&context));
     drop(lock_file);
@@ -77,11 +83,15 @@ struct Daemon {
     context: Arc<Context>,
     client: Arc<Client>,
     instances: HashMap<InstanceId, Known>,
+    /// Tunnels that were begun and that the plane still lists.
+    tunnels: HashSet<TunnelId>,
     next_user: u32,
 }
 
 struct Known {
     inbox: mpsc::Sender<Command>,
+    run_dir: PathBuf,
+    console: Arc<Console>,
     spec: Option<Spec>,
     told: HashSet<OperationId>,
 }
@@ -111,11 +121,12 @@ impl Daemon {
         let (inbox, commands) = mpsc::channel(64);
         let index = self.next_user;
         let new = || spec.map(|spec| Record::new(spec, index));
-        if let Some(instance) = Instance::open(self.context.clone(), folder, run_dir, new, commands)? {
+        if let Some(instance) = Instance::open(self.context.clone(), folder, run_dir.clone(), new, commands)? {
             self.next_user = self.next_user.max(index + 1);
             instance.note_images();
             tokio::spawn(instance.run());
-            self.instances.insert(id.clone(), Known { inbox, spec: None, told: HashSet::new() });
+            let (spec, told, console) = (None, HashSet::new(), Arc::default());
+            self.instances.insert(id.clone(), Known { inbox, run_dir, console, spec, told });
         }
         Ok(())
     }
@@ -166,6 +177,20 @@ impl Daemon {
             let Some(known) = self.instances.get_mut(&operation.instance) else { continue };
             if known.told.insert(operation.id.clone()) {
                 let _ = known.inbox.send(Command::Operate(operation)).await;
+            }
+        }
+        let listed: HashSet<_> = orders.tunnels.iter().map(|order| order.id.clone()).collect();
+        self.tunnels.retain(|id| listed.contains(id));
+        for order in orders.tunnels {
+            if let Some(known) = self.instances.get(&order.instance)
+                && self.tunnels.insert(order.id.clone())
+            {
+                let place = Place {
+                    inbox: known.inbox.clone(),
+                    run_dir: known.run_dir.clone(),
+                    console: known.console.clone(),
+                };
+                tokio::spawn(tunnel::open(self.client.clone(), place, order));
             }
         }
     }

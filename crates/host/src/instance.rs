@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use collective_model::run::{EndKind, Phase, Request, RunEnd, RunStatus};
-use collective_model::{Operation, OperationKind, OperationState, Spec, State, Timestamp, Trigger};
+use collective_model::{Name, Operation, OperationKind, OperationState, Spec, State, Timestamp, Trigger};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -13,6 +13,7 @@ use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json, write_json};
 use crate::link;
 use crate::record::Record;
+use crate::tunnel::Dial;
 
 /// How often a runner is asked.
 const POLL: Duration = Duration::from_millis(250);
@@ -28,6 +29,11 @@ const STEADY: Duration = Duration::from_secs(600);
 pub(crate) enum Command {
     Spec(Box<Spec>),
     Operate(Operation),
+    /// Send a disk through a tunnel that opens once the sender is at work.
+    SendDisk {
+        disk: Name,
+        tunnel: Dial,
+    },
 }
 
 /// The task's state.
@@ -100,6 +106,7 @@ impl Instance {
             match command {
                 Some(Command::Spec(spec)) => self.take_spec(*spec).await,
                 Some(Command::Operate(operation)) => self.operate(operation).await,
+                Some(Command::SendDisk { disk, tunnel }) => self.send_disk(&disk, tunnel).await,
                 None => {}
             }
             self.restart_if_due().await;

@@ -15,6 +15,7 @@ mod record;
 mod report;
 mod seed;
 mod start;
+mod tunnel;
 mod update;
 
 use std::ffi::OsString;

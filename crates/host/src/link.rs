@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use collective_model::Name;
 use collective_model::run::{MAX_MESSAGE_BYTES, Reply, Request, RunEnd, RunStatus};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -24,15 +25,9 @@ pub enum LinkError {
 
 /// Starts a runner for `dir` that outlives us, its words going to `runner.log`.
 pub fn spawn(command: &[OsString], dir: &Path) -> std::io::Result<u32> {
-    let log = std::fs::File::options().create(true).append(true).open(dir.join("runner.log"))?;
-    let (program, arguments) =
-        command.split_first().ok_or_else(|| std::io::Error::other("no command for runners was configured"))?;
-    let mut child = tokio::process::Command::new(program)
-        .args(arguments)
-        .arg(dir)
-        .stdin(std::process::Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
+    let (mut runner, log) = runner(command, dir)?;
+    let mut child = runner
+        .stdout(log)
         // Out of reach of the terminal's signals.
         .process_group(0)
         .kill_on_drop(false)
@@ -43,6 +38,22 @@ pub fn spawn(command: &[OsString], dir: &Path) -> std::io::Result<u32> {
         let _ = child.wait().await;
     });
     Ok(pid)
+}
+
+/// Starts a process that writes a disk of the machine in `dir` to its standard output, and is killed with its handle.
+pub fn spawn_sender(command: &[OsString], dir: &Path, disk: &Name) -> std::io::Result<tokio::process::Child> {
+    let (mut runner, _) = runner(command, dir)?;
+    runner.arg(format!("--send-disk={disk}")).stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn()
+}
+
+/// A runner's command line, and the log that its words go to.
+fn runner(command: &[OsString], dir: &Path) -> std::io::Result<(tokio::process::Command, std::fs::File)> {
+    let log = std::fs::File::options().create(true).append(true).open(dir.join("runner.log"))?;
+    let (program, arguments) =
+        command.split_first().ok_or_else(|| std::io::Error::other("no command for runners was configured"))?;
+    let mut runner = tokio::process::Command::new(program);
+    runner.args(arguments).arg(dir).stdin(std::process::Stdio::null()).stderr(log.try_clone()?);
+    Ok((runner, log))
 }
 
 /// Asks the runner in `dir`.

@@ -115,7 +115,7 @@ impl Instance {
 }
 
 /// The last bytes of a file; nothing if there is no such file yet.
-fn read_end(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
+pub(crate) fn read_end(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
     let mut file = match std::fs::File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         opened => opened?,

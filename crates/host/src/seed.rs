@@ -8,8 +8,8 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use collective_keys::SshHostKey;
-use collective_model::{Manifest, Spec};
+use collective_keys::SshKey;
+use collective_model::{CloudInit, Manifest, Spec};
 
 /// FAT needs some room; a sparse file takes only what is written.
 const SIZE: u64 = 1 << 20;
@@ -18,19 +18,21 @@ const SIZE: u64 = 1 << 20;
 type SeedFile = (&'static str, Vec<u8>);
 
 /// Writes the seed disk of an instance to `path`.
-pub fn write(path: &Path, spec: &Spec, manifest: &Manifest, ssh_host_key: &SshHostKey) -> io::Result<()> {
+pub fn write(path: &Path, spec: &Spec, manifest: &Manifest, ssh_host_key: &SshKey) -> io::Result<()> {
     let settings = manifest.settings_with(&spec.settings).map_err(io::Error::other)?;
     let mut image =
         std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
     image.set_len(SIZE)?;
-    let mut files = files(spec, manifest, &settings);
+    let mut files = files(spec, &settings);
+    files
+        .push(("user-data", user_data(manifest.cloud_init.as_ref(), &spec.authorized_keys, ssh_host_key).into_bytes()));
     files.push(("collective/ssh_host_ed25519_key", ssh_host_key.private.clone().into_bytes()));
     files.push(("collective/ssh_host_ed25519_key.pub", ssh_host_key.public.clone().into_bytes()));
     fill(&mut image, &files)?;
     image.sync_all()
 }
 
-fn files(spec: &Spec, manifest: &Manifest, settings: &BTreeMap<String, String>) -> Vec<SeedFile> {
+fn files(spec: &Spec, settings: &BTreeMap<String, String>) -> Vec<SeedFile> {
     let shell = settings
         .iter()
         .map(|(key, value)| format!("SETTING_{}='{}'\n", key.to_uppercase(), value.replace('\'', r"'\''")));
@@ -38,7 +40,6 @@ fn files(spec: &Spec, manifest: &Manifest, settings: &BTreeMap<String, String>) 
     let json = serde_json::to_vec(settings).unwrap_or_default();
     vec![
         ("meta-data", format!("instance-id: {}\nlocal-hostname: {}\n", spec.id, spec.name).into_bytes()),
-        ("user-data", user_data(spec, manifest).into_bytes()),
         ("collective/settings.env", shell.collect::<String>().into_bytes()),
         ("collective/settings.json", json),
         ("collective/hostname", format!("{}\n", spec.name).into_bytes()),
@@ -47,16 +48,19 @@ fn files(spec: &Spec, manifest: &Manifest, settings: &BTreeMap<String, String>) 
     ]
 }
 
-fn user_data(spec: &Spec, manifest: &Manifest) -> String {
+/// cloud-init would make a host key of its own whenever it finds a new system disk, that is with every version.
+fn user_data(cloud_init: Option<&CloudInit>, authorized_keys: &[String], host_key: &SshKey) -> String {
     let mut text = String::from("#cloud-config\n");
-    if let Some(cloud_init) = &manifest.cloud_init {
-        if !spec.authorized_keys.is_empty() {
-            text.push_str("ssh_authorized_keys:\n");
-            // JSON strings are YAML strings.
-            let quoted = spec.authorized_keys.iter().map(|key| format!("  - {}\n", serde_json::json!(key)));
-            text.extend(quoted);
+    if let Some(cloud_init) = cloud_init {
+        // JSON strings are YAML strings.
+        let quoted = |text: &str| serde_json::json!(text);
+        text += &format!("ssh_keys:\n  ed25519_private: {}\n", quoted(&host_key.private));
+        text += &format!("  ed25519_public: {}\n", quoted(&host_key.public));
+        if !authorized_keys.is_empty() {
+            text += "ssh_authorized_keys:\n";
+            text.extend(authorized_keys.iter().map(|key| format!("  - {}\n", quoted(key))));
         }
-        text.push_str(&cloud_init.user_data);
+        text += &cloud_init.user_data;
     }
     text
 }
@@ -81,6 +85,22 @@ fn fill(image: &mut (impl Read + Write + Seek), files: &[SeedFile]) -> io::Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn user_data_is_for_cloud_init_only() {
+        let host_key = SshKey { private: "BEGIN\nEND\n".into(), public: "ssh-ed25519 AAAA\n".into() };
+        assert_eq!(user_data(None, &["key".into()], &host_key), "#cloud-config\n");
+        let cloud_init = CloudInit { user_data: "locale: C.UTF-8\n".into() };
+        let expected = r#"#cloud-config
+ssh_keys:
+  ed25519_private: "BEGIN\nEND\n"
+  ed25519_public: "ssh-ed25519 AAAA\n"
+ssh_authorized_keys:
+  - "key \"of\" n"
+locale: C.UTF-8
+"#;
+        assert_eq!(user_data(Some(&cloud_init), &[r#"key "of" n"#.into()], &host_key), expected);
+    }
 
     #[test]
     fn files_come_back() {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use collective_keys::SshHostKey;
+use collective_keys::SshKey;
 use collective_model::run::{PROTOCOL, RunConfig, RunDisk};
 use collective_model::{Digest, Firmware, Manifest, Timestamp};
 use tokio::time::Instant;
@@ -77,7 +77,12 @@ impl Instance {
         Ok(())
     }
 
-    fn run_config(&self, manifest: &Manifest, ordered: Timestamp, open_ports: bool) -> std::io::Result<RunConfig> {
+    pub(crate) fn run_config(
+        &self,
+        manifest: &Manifest,
+        ordered: Timestamp,
+        open_ports: bool,
+    ) -> std::io::Result<RunConfig> {
         let spec = &self.record.spec;
         let user = rustix::process::geteuid().is_root().then(|| FIRST_USER + self.record.user_index);
         let guarded = self.run_dir.join("v");
@@ -118,12 +123,12 @@ impl Instance {
     }
 
     /// The instance's own SSH host key, made at the first start.
-    fn ssh_host_key(&self) -> Result<SshHostKey, String> {
+    fn ssh_host_key(&self) -> Result<SshKey, String> {
         let path = self.folder.join("ssh_host_key.json");
         if let Some((private, public)) = read_json(&path).map_err(|e| e.to_string())? {
-            return Ok(SshHostKey { private, public });
+            return Ok(SshKey { private, public });
         }
-        let key = collective_keys::new_ssh_host_key().map_err(|e| e.to_string())?;
+        let key = collective_keys::new_ssh_key().map_err(|e| e.to_string())?;
         write_json(&path, &(&key.private, &key.public)).map_err(|e| e.to_string())?;
         Ok(key)
     }

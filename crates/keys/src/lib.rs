@@ -19,7 +19,7 @@ use ed25519_dalek::{Signer, Verifier};
 use serde::{Deserialize, Serialize};
 
 pub use signed::{ChannelPointer, KeyChange, Kind, MAX_SIGNED_BYTES, SignatureError, Signed};
-pub use ssh::{SshHostKey, new_ssh_host_key};
+pub use ssh::{SshKey, new_ssh_key};
 pub use trust::{Pins, TrustError};
 
 /// A key that signs. It never leaves its file and this process.

@@ -6,7 +6,7 @@
 use crate::{KeyError, SigningKey};
 
 /// A host key as the two files that sshd reads.
-pub struct SshHostKey {
+pub struct SshKey {
     /// `ssh_host_ed25519_key`
     pub private: String,
     /// `ssh_host_ed25519_key.pub`
@@ -16,7 +16,7 @@ pub struct SshHostKey {
 const ALGORITHM: &[u8] = b"ssh-ed25519";
 
 /// Makes a host key.
-pub fn new_ssh_host_key() -> Result<SshHostKey, KeyError> {
+pub fn new_ssh_key() -> Result<SshKey, KeyError> {
     let key = SigningKey::generate()?;
     let (seed, public) = (key.0.to_bytes(), key.0.verifying_key().to_bytes());
     let blob = [string(ALGORITHM), string(&public)].concat();
@@ -38,7 +38,7 @@ pub fn new_ssh_host_key() -> Result<SshHostKey, KeyError> {
     ];
     let body = base64(&parts.concat());
     let lines: Vec<&str> = body.as_bytes().chunks(70).filter_map(|line| std::str::from_utf8(line).ok()).collect();
-    Ok(SshHostKey {
+    Ok(SshKey {
         private: format!(
             "-----BEGIN OPENSSH PRIVATE KEY-----\n{}\n-----END OPENSSH PRIVATE KEY-----\n",
             lines.join("\n")
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn openssh_itself_reads_it() {
-        let key = new_ssh_host_key().unwrap();
+        let key = new_ssh_key().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("key");
         let mut file = std::fs::File::options().create_new(true).write(true).mode(0o600).open(&path).unwrap();

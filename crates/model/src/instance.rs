@@ -74,6 +74,10 @@ random_id!(
     /// Names an operation. A host carries out each id at most once, however often it is told.
     OperationId
 );
+random_id!(
+    /// Names a tunnel, for as long as somebody waits for it.
+    TunnelId
+);
 
 impl InstanceId {
     /// The id as a UUID, which the guest sees as its SMBIOS product UUID.

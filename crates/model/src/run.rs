@@ -98,6 +98,11 @@ pub enum Request {
     Status,
     /// Let users in.
     OpenPorts,
+    /// Make a TCP port of the guest reachable from this host; the answer's `forwards` say where.
+    Forward {
+        /// The guest's port.
+        port: u16,
+    },
     /// Press the power button; cut the power after this many milliseconds.
     Stop {
         /// The limit.

@@ -127,7 +127,8 @@ impl Plane {
         let specs: Vec<_> = rows.map(|row| row.spec).collect();
         let open = self.database().open_operations().await?.into_iter().map(|(operation, _)| operation);
         let operations = open.filter(|operation| specs.iter().any(|spec| spec.id == operation.instance)).collect();
-        Ok(HostOrders { revision, host: host.clone(), specs, operations })
+        let tunnels = self.inner.tunnels.for_host(host);
+        Ok(HostOrders { revision, host: host.clone(), specs, operations, tunnels })
     }
 
     pub(crate) async fn host_views(&self) -> Answer<Vec<HostView>> {

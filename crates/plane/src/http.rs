@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
-use axum::http::header::{CONTENT_RANGE, RANGE};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, State};
+use axum::http::header::{CONNECTION, CONTENT_RANGE, RANGE, UPGRADE};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
@@ -12,16 +13,18 @@ use bytes::Bytes;
 use collective_api::{
     ApplianceView, ChannelHead, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer,
     JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest,
-    PublishVersion, TokenView, VersionDetail, VersionView,
+    PublishVersion, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget, VersionDetail, VersionView,
 };
 use collective_keys::Signed;
-use collective_model::{ApplianceName, Digest, Name, OperationId};
+use collective_model::{ApplianceName, Digest, Name, OperationId, TunnelId};
 use collective_store::pack::MAX_PACK_BYTES;
+use hyper::upgrade::OnUpgrade;
 use serde::Deserialize;
 
 use crate::Plane;
 use crate::access::Caller;
 use crate::problem::{Answer, Failure};
+use crate::tunnel::splice;
 
 /// JSON bodies are at most this long, in bytes.
 const MAX_JSON: usize = 4 << 20;
@@ -46,11 +49,13 @@ pub(crate) fn router(plane: Plane) -> Router {
         .route("/v1/hosts/{name}", delete(remove_host))
         .route("/v1/hosts/self/report", post(report))
         .route("/v1/hosts/self/orders", get(orders))
+        .route("/v1/hosts/self/tunnels/{id}", post(tunnel_answered))
         .route("/v1/instances", get(instances).post(launch))
         .route("/v1/instances/{name}", get(instance).patch(change))
         .route("/v1/instances/{name}/power", post(power))
         .route("/v1/instances/{name}/operations", post(operate))
         .route("/v1/instances/{name}/history", get(history))
+        .route("/v1/instances/{name}/tunnel", post(open_tunnel))
         .route("/v1/operations/{id}", get(operation))
         .layer(DefaultBodyLimit::max(MAX_JSON))
         .merge(packs)
@@ -324,4 +329,45 @@ async fn operation(
     caller.user()?;
     wait.for_change(&plane).await;
     Ok(Json(plane.operation_view(&parse::<OperationId>(&id)?).await?))
+}
+
+/// A connection whose client asked for it to become a stream of bytes.
+struct Stream(Option<OnUpgrade>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Stream {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        let asked = parts.headers.get(UPGRADE).is_some_and(|value| value == TUNNEL_PROTOCOL);
+        Ok(Self(if asked { parts.extensions.remove::<OnUpgrade>() } else { None }))
+    }
+}
+
+fn switching() -> Response {
+    (StatusCode::SWITCHING_PROTOCOLS, [(CONNECTION, "upgrade"), (UPGRADE, TUNNEL_PROTOCOL)]).into_response()
+}
+
+async fn open_tunnel(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(name): Path<String>,
+    stream: Stream,
+    Json(target): Json<TunnelTarget>,
+) -> Answer<Response> {
+    caller.user()?;
+    let user = stream.0.ok_or_else(|| Failure::invalid("a tunnel needs a connection that can be upgraded"))?;
+    splice(user, plane.open_tunnel(&parse(&name)?, target).await?);
+    Ok(switching())
+}
+
+async fn tunnel_answered(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(id): Path<String>,
+    stream: Stream,
+    Json(answer): Json<TunnelAnswer>,
+) -> Answer<Response> {
+    let id: TunnelId = parse(&id)?;
+    let wanted = plane.tunnel_answered(caller.host()?, &id, answer, stream.0)?;
+    Ok(if wanted { switching() } else { Json(()).into_response() })
 }

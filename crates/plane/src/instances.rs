@@ -15,7 +15,7 @@ use crate::problem::{Answer, Failure};
 /// Memory that a host keeps for itself, in bytes.
 const HOST_MEMORY: i64 = 256 << 20;
 
-fn random_id() -> Answer<[u8; 16]> {
+pub(crate) fn random_id() -> Answer<[u8; 16]> {
     collective_keys::random_id().map_err(|e| Failure::internal(e.to_string()))
 }
 

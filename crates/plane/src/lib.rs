@@ -16,6 +16,7 @@ mod place;
 mod problem;
 mod reconcile;
 mod serve;
+mod tunnel;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -83,6 +84,7 @@ struct Inner {
     data: PathBuf,
     /// What tokens tell others: address and certificate.
     public: Option<(String, collective_api::Fingerprint)>,
+    tunnels: tunnel::Tunnels,
     /// Grows when something that hosts are told changes.
     orders: watch::Sender<u64>,
     /// Grows when anything that users see changes.
@@ -107,6 +109,7 @@ impl Plane {
             depot,
             data: config.data.clone(),
             public,
+            tunnels: tunnel::Tunnels::default(),
             orders: watch::Sender::new(first),
             state: watch::Sender::new(first),
         };

@@ -41,6 +41,11 @@ impl Failure {
         Self::new(StatusCode::FORBIDDEN, message)
     }
 
+    /// Somebody else is away; trying again later may help.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
+    }
+
     /// Our own fault; details go to the log as well.
     pub fn internal(message: impl Into<String>) -> Self {
         let message = message.into();

@@ -5,13 +5,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use collective_api::{
     Client, Endpoint, HostFacts, HostOrders, HostReport, InstanceView, JoinAnswer, JoinRequest, LaunchRequest,
-    PublishVersion, VersionView,
+    PublishVersion, TunnelAnswer, TunnelTarget, VersionView,
 };
 use collective_keys::{ChannelPointer, KeyChange, Kind, Signed, SigningKey};
 use collective_model::{Digest, Generation, InstanceId, Manifest, Observed, Timestamp};
 use collective_plane::{Listening, Plane, PlaneConfig, serve};
 use collective_store::pack::Pack;
 use collective_store::publish::{DiskReader, KnownBlocks, PackSink, Publisher};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 struct Site {
     folder: tempfile::TempDir,
@@ -332,4 +333,71 @@ async fn updates_come_to_followers_but_not_to_those_held_or_brought_back() {
     let orders = tokio::time::timeout(Duration::from_secs(20), orders).await.unwrap();
     assert_eq!(orders.len(), 1, "{orders:?}");
     assert_eq!(orders[0].kind, collective_model::OperationKind::Update { to: second });
+}
+
+#[tokio::test]
+async fn tunnels_are_joined_for_the_owning_host_only() {
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let (image, packs) = site.upload(6).await;
+    let version = site.publish(sign(&manifest("1", image), &key), packs).await.unwrap().digest;
+    site.point(version, 1, &key).await.unwrap();
+    let (host, other) = (site.join("h").await, site.join("g").await);
+    let target = TunnelTarget::Port { port: 22 };
+    let path = "/v1/instances/n/tunnel";
+    assert_eq!(site.user.tunnel(path, &target).await.err().and_then(|e| e.status()), Some(404));
+    host.post::<()>("/v1/hosts/self/report", &report(vec![])).await.unwrap();
+    let launch = serde_json::json!({ "reference": "p/app", "name": "n", "host": "h", "outbound": true });
+    site.user.post::<InstanceView>("/v1/instances", &launch).await.unwrap();
+    assert_eq!(host.tunnel(path, &target).await.err().and_then(|e| e.status()), Some(403), "not for hosts");
+    let plain = site.user.post::<()>(path, &target).await.unwrap_err();
+    assert_eq!(plain.status(), Some(422), "not without an upgrade: {plain}");
+
+    let listed = async |host: &Client, at_least: usize| loop {
+        let orders: HostOrders = host.get("/v1/hosts/self/orders?seen=0&wait_ms=0").await.unwrap();
+        if orders.tunnels.len() >= at_least {
+            return orders.tunnels;
+        }
+        tokio::task::yield_now().await;
+    };
+    let accept = TunnelAnswer::default();
+    let opening = async {
+        let order = listed(&host, 1).await.remove(0);
+        assert_eq!(order.target, target);
+        assert!(listed(&other, 0).await.is_empty(), "another host is not told");
+        let answer = format!("/v1/hosts/self/tunnels/{}", order.id);
+        assert_eq!(other.tunnel(&answer, &accept).await.err().and_then(|e| e.status()), Some(404), "nor believed");
+        let stream = host.tunnel(&answer, &accept).await.unwrap();
+        assert_eq!(host.tunnel(&answer, &accept).await.err().and_then(|e| e.status()), Some(404), "and once only");
+        stream
+    };
+    let (user_end, mut host_end) = tokio::join!(site.user.tunnel(path, &target), opening);
+    let mut user_end = user_end.unwrap();
+    user_end.write_all(b"question").await.unwrap();
+    user_end.shutdown().await.unwrap();
+    let mut text = String::new();
+    host_end.read_to_string(&mut text).await.unwrap();
+    assert_eq!(text, "question");
+    host_end.write_all(b"answer after the end").await.unwrap();
+    drop(host_end);
+    text.clear();
+    user_end.read_to_string(&mut text).await.unwrap();
+    assert_eq!(text, "answer after the end");
+
+    let refusing = async {
+        let order = listed(&host, 1).await.remove(0);
+        let refuse = TunnelAnswer { refused: Some("the guest sleeps".into()) };
+        host.post::<()>(&format!("/v1/hosts/self/tunnels/{}", order.id), &refuse).await.unwrap();
+    };
+    let (refused, ()) = tokio::join!(site.user.tunnel(path, &target), refusing);
+    assert_eq!(refused.err().map(|e| e.to_string()).as_deref(), Some("the guest sleeps"));
+    // A user who has gone is not waited for.
+    let impatient = tokio::time::timeout(Duration::from_millis(200), site.user.tunnel(path, &target)).await;
+    assert!(impatient.is_err());
+    let gone = async {
+        while !listed(&host, 0).await.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), gone).await.unwrap();
 }

@@ -9,15 +9,17 @@
 mod gate;
 mod machine;
 mod probe;
+mod send;
 mod serve;
 mod state;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use collective_model::Timestamp;
 use collective_model::run::{EndKind, PROTOCOL, RunConfig, RunEnd};
+use collective_model::{Name, Timestamp};
 use collective_store::Source;
+use tokio::io::AsyncWrite;
 
 pub use state::NotStarted;
 
@@ -70,6 +72,16 @@ pub async fn run(dir: &Path, open_source: &OpenSource) -> RunEnd {
         tracing::error!(%error, "cannot leave end.json; the daemon will take this for a crash");
     }
     end
+}
+
+/// Writes disk `name` of the machine in `dir`, which must be off, to `out` as [`collective_store::sparse`] says.
+pub async fn send_disk(
+    dir: &Path,
+    name: &Name,
+    open_source: &OpenSource,
+    out: &mut (impl AsyncWrite + Unpin),
+) -> Result<(), String> {
+    send::send(&read_config(&Layout { dir: dir.to_owned() })?, name, open_source, out).await
 }
 
 fn read_config(layout: &Layout) -> Result<RunConfig, String> {

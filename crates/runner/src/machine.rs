@@ -209,6 +209,16 @@ async fn forward(vm: &vmm::Vm, shared: &Shared) -> Result<(), NotStarted> {
     Ok(())
 }
 
+/// Makes one more port reachable.
+async fn forward_port(vm: &vmm::Vm, shared: &Shared, port: u16) -> Result<(), String> {
+    // Two may have asked for the same one.
+    if !shared.status().forwards.iter().any(|(guest, _)| *guest == port) {
+        let at = vm.forward(0, port).await.map_err(|e| format!("cannot reach the guest's port {port}: {e}"))?;
+        shared.status().forwards.push((port, at));
+    }
+    Ok(())
+}
+
 /// Fetches what the guest did not ask for yet, so that it soon depends on nobody.
 async fn fetch_the_rest(shared: Arc<Shared>, disks: Vec<Arc<Disk>>) {
     let frames: Vec<_> = disks.iter().filter_map(|disk| disk.image()).flat_map(|image| image.frames()).collect();
@@ -260,13 +270,17 @@ impl Running {
                 exit = &mut exit => break exit,
                 Some(event) = events.recv() => retry = note(shared, event, retry),
                 Some(order) = inbox.recv() => {
-                    asked = true;
                     match order {
                         Order::Stop { limit_ms } => {
+                            asked = true;
                             press = Some(Instant::now());
                             deadline.get_or_insert(Instant::now() + Duration::from_millis(limit_ms));
                         }
-                        Order::PowerOff => deadline = Some(Instant::now()),
+                        Order::PowerOff => {
+                            asked = true;
+                            deadline = Some(Instant::now());
+                        }
+                        Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
                     }
                 }
                 // The host shuts down.

@@ -3,9 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use collective_model::run::{MAX_MESSAGE_BYTES, Reply, Request};
+use collective_model::run::{MAX_MESSAGE_BYTES, Phase, Reply, Request};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
 
 use crate::state::{Order, Shared};
 
@@ -42,24 +43,39 @@ async fn converse(stream: UnixStream, shared: Arc<Shared>) -> io::Result<()> {
 }
 
 async fn answer(request: Request, shared: &Shared) -> Reply {
-    let order = match request {
-        Request::Status => None,
-        Request::OpenPorts => {
-            let forwards = shared.status().forwards.clone();
-            if !shared.gate.is_open()
-                && let Err(message) = shared.gate.open(&forwards)
-            {
-                return Reply::Error { message };
-            }
-            None
-        }
-        Request::Stop { limit_ms } => Some(Order::Stop { limit_ms }),
-        Request::PowerOff => Some(Order::PowerOff),
+    let done = match request {
+        Request::Status => Ok(()),
+        Request::OpenPorts => open_ports(shared),
+        Request::Forward { port } => forward(shared, port).await,
+        Request::Stop { limit_ms } => order(shared, Order::Stop { limit_ms }).await,
+        Request::PowerOff => order(shared, Order::PowerOff).await,
     };
-    if let Some(order) = order
-        && shared.orders.send(order).await.is_err()
-    {
-        return Reply::Error { message: "the machine has ended".into() };
+    match done {
+        Ok(()) => Reply::Status(Box::new(shared.snapshot())),
+        Err(message) => Reply::Error { message },
     }
-    Reply::Status(Box::new(shared.snapshot()))
+}
+
+async fn order(shared: &Shared, order: Order) -> Result<(), String> {
+    shared.orders.send(order).await.map_err(|_| "the machine has ended".into())
+}
+
+fn open_ports(shared: &Shared) -> Result<(), String> {
+    let forwards = shared.status().forwards.clone();
+    if shared.gate.is_open() { Ok(()) } else { shared.gate.open(&forwards) }
+}
+
+async fn forward(shared: &Shared, port: u16) -> Result<(), String> {
+    {
+        let status = shared.status();
+        if status.phase != Phase::Running {
+            return Err("the guest does not run yet; try again in a moment".into());
+        }
+        if status.forwards.iter().any(|(guest, _)| *guest == port) {
+            return Ok(());
+        }
+    }
+    let (done, answer) = oneshot::channel();
+    order(shared, Order::Forward { port, done }).await?;
+    answer.await.unwrap_or_else(|_| Err("the machine has ended".into()))
 }

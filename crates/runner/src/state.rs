@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use collective_model::run::{PROTOCOL, Phase, RunConfig, RunStatus};
 use collective_store::fetch::FrameStore;
 use collective_volume::Disk;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::gate::Gate;
 
@@ -38,10 +38,11 @@ impl NotStarted {
 }
 
 /// What a daemon may order.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) enum Order {
     Stop { limit_ms: u64 },
     PowerOff,
+    Forward { port: u16, done: oneshot::Sender<Result<(), String>> },
 }
 
 /// Shared by all tasks.

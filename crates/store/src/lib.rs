@@ -18,6 +18,7 @@ pub mod pack;
 pub mod page;
 pub mod publish;
 mod source;
+pub mod sparse;
 
 pub use frame::{Encoding, FrameError, decode, encode};
 pub use source::{PackInfo, Source, SourceError};

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::{Link, eventually};
+use crate::{Link, Talk, eventually};
 
 /// Everything but a boot is there within this time.
 const SOON: Duration = Duration::from_secs(30);
@@ -207,6 +207,13 @@ impl Fleet {
     /// Starts a command that the test ends itself.
     pub fn spawn(&self, arguments: &[&str]) -> Child {
         self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program runs")
+    }
+
+    /// Starts a command that the test speaks with.
+    pub fn talk(&self, arguments: &[&str]) -> Talk {
+        let mut command = self.command();
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Talk::new(command.spawn().expect("the program runs"))
     }
 
     /// Runs a command that must succeed; gives its standard output.

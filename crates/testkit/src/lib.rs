@@ -6,10 +6,12 @@
 mod fleet;
 mod guest;
 mod link;
+mod talk;
 
 pub use fleet::{Fleet, Outcome, free_port};
-pub use guest::{Guest, tiny};
+pub use guest::{Guest, cloud, tiny};
 pub use link::Link;
+pub use talk::Talk;
 
 use std::time::{Duration, Instant};
 

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use collective_api::{Client, Event, InstanceView, OperationRequest};
+use collective_api::{Client, Event, InstanceView, OperationRequest, TunnelTarget};
 use collective_model::{ByteSize, HealthState, Name, Span, State, Timestamp};
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt};
 
 use crate::ui::{Ui, seconds, table};
 
@@ -180,6 +181,9 @@ impl Ports {
     }
 }
 
+/// No line of a followed log is shown longer than this, in bytes.
+const MAX_LINE: u64 = 64 << 10;
+
 /// Show what the guest wrote to its serial console
 ///
 /// Example: collective logs n --lines 50
@@ -189,19 +193,43 @@ pub struct Logs {
     /// At most this many of the last lines
     #[arg(long, short = 'n', default_value_t = 200)]
     lines: u32,
+    /// Go on with what it writes from now on, until you press Ctrl-C
+    #[arg(long, short)]
+    follow: bool,
 }
 
 impl Logs {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        if self.follow {
+            return self.follow(ui, client).await;
+        }
         let request = OperationRequest::Logs { lines: self.lines };
         let result = super::operations::operate(ui, client, &self.name, &request).await?;
         ui.data(&result, |ui| {
             let lines = result["lines"].as_array().into_iter().flatten().filter_map(Value::as_str);
-            // What a guest writes must not steer the terminal it is shown on.
-            lines.for_each(|line| ui.line(line.replace(|c: char| c.is_control() && c != '\t', "")));
+            lines.for_each(|line| ui.line(plain(line)));
         });
         Ok(())
     }
+
+    async fn follow(self, ui: &Ui, client: &Client) -> Result<()> {
+        let stream = super::reach::tunnel(client, &self.name, &TunnelTarget::Log { lines: self.lines }).await?;
+        let mut stream = tokio::io::BufReader::new(stream);
+        let mut line = Vec::new();
+        // A guest that never ends its line does not fill our memory.
+        while AsyncReadExt::take(&mut stream, MAX_LINE).read_until(b'\n', &mut line).await? > 0 {
+            let text = String::from_utf8_lossy(&line);
+            let text = text.trim_end_matches(['\r', '\n']);
+            ui.data(&json!({ "line": text }), |ui| ui.line(plain(text)));
+            line.clear();
+        }
+        bail!("the log of {} ended: its host went away, or the plane", self.name);
+    }
+}
+
+/// What a guest writes must not steer the terminal it is shown on.
+fn plain(line: &str) -> String {
+    line.replace(|c: char| c.is_control() && c != '\t', "")
 }
 
 /// Print the address of an instance's first published port, as a URL

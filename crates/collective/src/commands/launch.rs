@@ -42,7 +42,7 @@ pub struct Launch {
     /// Memory, in place of the appliance's
     #[arg(long)]
     memory: Option<ByteSize>,
-    /// A file with SSH public keys that may log in
+    /// A file with SSH public keys that may log in, beside the one that `collective ssh` uses
     #[arg(long, value_name = "FILE")]
     ssh_key: Vec<PathBuf>,
 }
@@ -55,7 +55,7 @@ pub fn key_value(text: &str) -> Result<(String, String), String> {
 
 impl Launch {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
-        let mut authorized_keys = Vec::new();
+        let mut authorized_keys = vec![super::reach::own_key()?.1];
         for path in &self.ssh_key {
             let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
             authorized_keys.extend(text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned));

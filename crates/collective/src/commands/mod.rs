@@ -11,6 +11,7 @@ mod launch;
 mod lifecycle;
 mod operations;
 mod publish;
+mod reach;
 mod runner;
 mod settings;
 mod up;
@@ -66,6 +67,10 @@ pub enum Command {
     Wait(info::Wait),
     Logs(info::Logs),
     Open(info::Open),
+    Console(reach::Console),
+    Ssh(reach::Ssh),
+    Cp(reach::Cp),
+    Tunnel(reach::Tunnel),
     Start(lifecycle::Start),
     Stop(lifecycle::Stop),
     Restart(lifecycle::Restart),
@@ -107,6 +112,8 @@ impl Command {
             Self::Completion(command) => command.run(ui).map(done),
             Self::Version(command) => command.run(ui).map(done),
             Self::Host(command) => command.run(ui, connect).await.map(done),
+            Self::Ssh(command) => command.run(connect).await.map(done),
+            Self::Cp(command) => command.run(connect).await.map(done),
             command => command.run_with(ui, &connect.client()?).await,
         }
     }
@@ -130,6 +137,8 @@ impl Command {
             Self::Wait(command) => command.run(ui, client).await?,
             Self::Logs(command) => command.run(ui, client).await?,
             Self::Open(command) => command.run(ui, client).await?,
+            Self::Console(command) => command.run(ui, client).await?,
+            Self::Tunnel(command) => command.run(client).await?,
             Self::Start(command) => command.run(ui, client).await?,
             Self::Stop(command) => command.run(ui, client).await?,
             Self::Restart(command) => command.run(ui, client).await?,
@@ -144,6 +153,7 @@ impl Command {
             Self::Token(command) => command.run(ui, client).await?,
             Self::Up(_) | Self::Down(_) | Self::Build(_) | Self::Runner(_) | Self::Doctor(_) => {}
             Self::Import(_) | Self::Completion(_) | Self::Version(_) | Self::Host(_) => {}
+            Self::Ssh(_) | Self::Cp(_) => {}
         }
         Ok(ExitCode::SUCCESS)
     }

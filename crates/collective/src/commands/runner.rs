@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
+use collective_model::Name;
 use collective_model::run::EndKind;
 
 use crate::credentials::open_source;
@@ -12,10 +13,18 @@ use crate::credentials::open_source;
 #[derive(Debug, clap::Args)]
 pub struct Runner {
     directory: PathBuf,
+    /// Write this disk of the machine, which must be off, to standard output, and end
+    #[arg(long, value_name = "NAME")]
+    send_disk: Option<Name>,
 }
 
 impl Runner {
     pub async fn run(self) -> Result<ExitCode> {
+        if let Some(disk) = &self.send_disk {
+            let mut out = tokio::io::stdout();
+            collective_runner::send_disk(&self.directory, disk, &open_source, &mut out).await.map_err(Error::msg)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let end = collective_runner::run(&self.directory, &open_source).await;
         let fine = !matches!(end.kind, EndKind::NotStarted | EndKind::Crashed);
         Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
