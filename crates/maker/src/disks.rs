@@ -142,12 +142,11 @@ pub(crate) fn raw_copy(path: &Path, format: &str, to: &Path, limit: u64) -> Resu
     Ok(())
 }
 
-/// Writes the raw disk `raw` as qcow2 into `to`.
-pub fn raw_to_qcow2(raw: &Path, to: &Path) -> Result<(), DisksError> {
-    let path = raw.canonicalize().map_err(|source| DisksError::Read { path: raw.to_owned(), source })?;
-    let to = std::path::absolute(to).map_err(|source| DisksError::Read { path: to.to_owned(), source })?;
-    let written = qemu_img(&["convert", "-f", "raw", "-O", "qcow2"], &path, Some(&to));
-    written.map(drop).map_err(|why| DisksError::NotADisk { path: raw.to_owned(), why })
+/// Writes the raw disk `raw` in another format, with the arguments of qemu-img that name it, into `to`.
+pub(crate) fn raw_to(format: &[&str], raw: &Path, to: &Path) -> Result<(), String> {
+    // A full path is never taken for an option or a protocol.
+    let full = |path: &Path| std::path::absolute(path).map_err(|e| e.to_string());
+    qemu_img(&[&["convert", "-f", "raw", "-O"], format].concat(), &full(raw)?, Some(&full(to)?)).map(drop)
 }
 
 /// Whether the image's own header says that its content is elsewhere.

@@ -12,6 +12,7 @@ use collective_model::{
     SystemWrites, VersionName,
 };
 
+use crate::checksums::{Checksums, MAX_MF_BYTES};
 use crate::disks::{DisksError, format_of, raw_copy};
 use crate::ova;
 use crate::ovf::{self, MAX_OVF_BYTES, Ovf, OvfDisk};
@@ -145,7 +146,7 @@ pub fn import(import: &Import, progress: &mut dyn FnMut(&str)) -> Result<Importe
         return Err(refused(&import.file, "it is empty or no file; give a disk image, an OVA or an OVF"));
     }
     let part = Part::create(&import.out)?;
-    let (machine, files) = open(&import.file, &part.unpacked())?;
+    let (machine, files) = open(&import.file, &part.unpacked(), progress)?;
     check_hardware(import, &machine)?;
     let mut disks = Vec::new();
     for (index, disk) in machine.disks.iter().enumerate() {
@@ -164,25 +165,31 @@ pub fn import(import: &Import, progress: &mut dyn FnMut(&str)) -> Result<Importe
 }
 
 /// What the machine is, and where the files are that its disks name.
-fn open(path: &Path, unpacked: &Path) -> Result<(Ovf, BTreeMap<String, PathBuf>), ImportError> {
+type Machine = (Ovf, BTreeMap<String, PathBuf>);
+
+fn open(path: &Path, unpacked: &Path, progress: &mut dyn FnMut(&str)) -> Result<Machine, ImportError> {
     let mut head = Vec::new();
     let file = File::open(path).map_err(io_error("read", path))?;
     file.take(512).read_to_end(&mut head).map_err(io_error("read", path))?;
     let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
     if extension == "ova" || head.get(257..262) == Some(b"ustar") {
         let why = |e: io::Error| refused(path, format!("{e}; get the archive again"));
-        let machine = machine(path, &ova::descriptor(path).map_err(why)?)?;
+        let (descriptor, manifest) = ova::descriptor(path).map_err(why)?;
+        let machine = machine(path, &descriptor.1)?;
         let wanted = wanted(&machine);
         let files = ova::unpack(path, &wanted, unpacked).map_err(why)?;
         if let Some(name) = wanted.keys().find(|name| !files.contains_key(*name)) {
             return Err(refused(path, format!("its disk file {name:?} is missing; get the archive again")));
+        }
+        if let Some(manifest) = manifest {
+            check_files(path, &manifest, &descriptor, &files, progress)?;
         }
         return Ok((machine, files));
     }
     let start = String::from_utf8_lossy(&head);
     let start = start.trim_start_matches('\u{feff}').trim_start();
     if extension == "ovf" || start.starts_with("<?xml") || start.starts_with("<Envelope") {
-        return open_ovf(path);
+        return open_ovf(path, progress);
     }
     if let Some(what) = not_a_disk(path, &head).map_err(io_error("read", path))? {
         return Err(refused(path, what));
@@ -192,13 +199,8 @@ fn open(path: &Path, unpacked: &Path) -> Result<(Ovf, BTreeMap<String, PathBuf>)
     Ok((machine, BTreeMap::from([(String::new(), path.to_owned())])))
 }
 
-fn open_ovf(path: &Path) -> Result<(Ovf, BTreeMap<String, PathBuf>), ImportError> {
-    let mut text = String::new();
-    let file = File::open(path).map_err(io_error("read", path))?;
-    let size = file.take(MAX_OVF_BYTES + 1).read_to_string(&mut text).map_err(io_error("read", path))?;
-    if size as u64 > MAX_OVF_BYTES {
-        return Err(refused(path, format!("a descriptor is no longer than {MAX_OVF_BYTES} bytes")));
-    }
+fn open_ovf(path: &Path, progress: &mut dyn FnMut(&str)) -> Result<Machine, ImportError> {
+    let text = read_text(path, MAX_OVF_BYTES)?;
     let machine = machine(path, &text)?;
     let mut files = BTreeMap::new();
     for (name, declared) in wanted(&machine) {
@@ -209,7 +211,53 @@ fn open_ovf(path: &Path) -> Result<(Ovf, BTreeMap<String, PathBuf>), ImportError
         }
         files.insert(name, file);
     }
+    let manifest = path.with_extension("mf");
+    match std::fs::symlink_metadata(&manifest) {
+        Ok(meta) if meta.is_file() => {
+            let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let manifest = (name(&manifest), read_text(&manifest, MAX_MF_BYTES)?);
+            check_files(path, &manifest, &(name(path), text), &files, progress)?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Ok(_) => return Err(refused(path, format!("its manifest {} is no ordinary file", manifest.display()))),
+        Err(error) => return Err(io_error("read the manifest", &manifest)(error)),
+    }
     Ok((machine, files))
+}
+
+fn read_text(path: &Path, limit: u64) -> Result<String, ImportError> {
+    let mut text = String::new();
+    let file = File::open(path).map_err(io_error("read", path))?;
+    let size = file.take(limit + 1).read_to_string(&mut text).map_err(io_error("read", path))?;
+    if size as u64 > limit {
+        return Err(refused(path, format!("it is longer than {limit} bytes")));
+    }
+    Ok(text)
+}
+
+/// Refuses the package if a file that is used is not as its manifest has it.
+fn check_files(
+    path: &Path,
+    manifest: &ova::Text,
+    descriptor: &ova::Text,
+    files: &BTreeMap<String, PathBuf>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(), ImportError> {
+    let differs = |why: String| {
+        let manifest = &manifest.0;
+        refused(
+            path,
+            format!("its manifest {manifest:?} {why}; get it again, or remove the manifest if you changed a file"),
+        )
+    };
+    progress("comparing the files with their manifest");
+    let checksums = Checksums::parse(&manifest.1).map_err(differs)?;
+    checksums.check(&descriptor.0, &mut descriptor.1.as_bytes()).map_err(differs)?;
+    for (name, file) in files {
+        let mut file = File::open(file).map_err(io_error("read", file))?;
+        checksums.check(name, &mut file).map_err(differs)?;
+    }
+    Ok(())
 }
 
 fn machine(path: &Path, text: &str) -> Result<Ovf, ImportError> {

@@ -175,3 +175,128 @@ fn descriptors_cut_anywhere_are_answered() {
         assert!(error.contains("unit"), "{error}");
     }
 }
+
+/// The line of a manifest, by another program than ours.
+fn checksum(kind: &str, name: &str, content: &Path) -> String {
+    let program = format!("{}sum", kind.to_ascii_lowercase());
+    let output = Command::new(program).arg(content).output().unwrap();
+    let digest = String::from_utf8(output.stdout).unwrap().split_whitespace().next().unwrap().to_owned();
+    format!("{kind}({name})= {digest}\n")
+}
+
+#[test]
+fn a_manifest_is_believed_and_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    disk(folder, "a.vmdk", "vmdk", &["-o", "subformat=streamOptimized"]);
+    let vmdk = std::fs::read(folder.join("a.vmdk")).unwrap();
+    let ovf = descriptor("a.vmdk");
+    std::fs::write(folder.join("vm.ovf"), &ovf).unwrap();
+    let put = |manifest: &str, last: bool| {
+        std::fs::write(folder.join("vm.mf"), manifest).unwrap();
+        let mut members = vec![("vm.ovf", ovf.as_bytes()), ("a.vmdk", vmdk.as_slice())];
+        members.insert(if last { 2 } else { 1 }, ("vm.mf", manifest.as_bytes()));
+        archive(&folder.join("vm.ova"), &members);
+    };
+    for (kind, last) in [("SHA1", false), ("SHA256", true), ("SHA512", false)] {
+        let of_ovf = checksum(kind, "vm.ovf", &folder.join("vm.ovf"));
+        let of_disk = checksum(kind, "a.vmdk", &folder.join("a.vmdk"));
+        let right = format!("{of_ovf}{of_disk}");
+        let spaced = right.replace('(', " (").replace(")= ", ") = ").replace('\n', "\r\n");
+        for manifest in [&right, &spaced] {
+            put(manifest, last);
+            for file in ["vm.ova", "vm.ovf"] {
+                let imported = import(&order(folder, file), &mut |_| {}).unwrap();
+                std::fs::remove_dir_all(&imported.folder).unwrap();
+            }
+        }
+        // Of the right length, and another first digit.
+        let wrong = |line: &str| {
+            let at = line.find("= ").unwrap() + 2;
+            let digit = if line[at..].starts_with('0') { "1" } else { "0" };
+            format!("{}{digit}{}", &line[..at], &line[at + 1..])
+        };
+        let refused = [
+            (format!("{}{of_disk}", wrong(&of_ovf)), format!("another {kind} for \"vm.ovf\"")),
+            (format!("{of_ovf}{}", wrong(&of_disk)), format!("another {kind} for \"a.vmdk\"")),
+            (format!("{right}{}", wrong(&of_disk)), format!("another {kind} for \"a.vmdk\"")),
+            (of_ovf.clone(), "no checksum of \"a.vmdk\"".to_owned()),
+            (of_disk.clone(), "no checksum of \"vm.ovf\"".to_owned()),
+            (String::new(), "no checksum of \"vm.ovf\"".to_owned()),
+            (right[..right.len() - 9].to_owned(), "cut off".to_owned()),
+            (right[..of_ovf.len() + 9].to_owned(), "cut off".to_owned()),
+            (right.replace(kind, "MD5"), "no checksum; it".to_owned()),
+        ];
+        for (manifest, words) in refused {
+            put(&manifest, last);
+            for file in ["vm.ova", "vm.ovf"] {
+                refuses(folder, file, &words);
+                refuses(folder, file, "vm.mf");
+            }
+        }
+    }
+    std::fs::write(folder.join("vm.mf"), " ".repeat(1 + MAX_MF_BYTES as usize)).unwrap();
+    refuses(folder, "vm.ovf", "longer");
+    std::fs::remove_file(folder.join("vm.mf")).unwrap();
+    std::fs::create_dir(folder.join("vm.mf")).unwrap();
+    refuses(folder, "vm.ovf", "no ordinary file");
+}
+
+#[test]
+fn firmware_is_found_where_each_hypervisor_writes_it() {
+    let vmware = r#"<vmw:Config ovf:required="false" vmw:key="firmware" vmw:value="efi"/>"#;
+    let with = |hint: &str, machine: &str| {
+        let text = descriptor("a.vmdk").replace(vmware, hint);
+        ovf::parse(&text.replace("</VirtualSystem>", &format!("{machine}</VirtualSystem>"))).unwrap().uefi
+    };
+    let virtualbox = |inner: &str| format!("<vbox:Machine><Hardware>{inner}</Hardware></vbox:Machine>");
+    assert!(with(vmware, ""));
+    assert!(with("", &virtualbox(r#"<Firmware type="EFI"/>"#)));
+    assert!(with("", &virtualbox(r#"<BIOS><Firmware type="EFI64"/></BIOS>"#)));
+    assert!(!with("", ""));
+    assert!(!with("", &virtualbox(r#"<Firmware type="BIOS"/>"#)));
+    assert!(!with(&vmware.replace("efi", "bios"), ""));
+    assert!(!with(&vmware.replace("firmware", "other"), ""));
+}
+
+#[test]
+fn of_several_configurations_the_default_one_holds() {
+    let of = |small: &str, large: &str| {
+        let item = |name: &str, cpus: u32| {
+            format!(
+                "<Item ovf:configuration=\"{name}\"><rasd:ResourceType>3</rasd:ResourceType>
+                 <rasd:VirtualQuantity>{cpus}</rasd:VirtualQuantity></Item>"
+            )
+        };
+        let bound = "<Item ovf:bound=\"max\"><rasd:ResourceType>3</rasd:ResourceType>
+            <rasd:VirtualQuantity>64</rasd:VirtualQuantity></Item>";
+        let section = format!(
+            "<DeploymentOptionSection><Configuration ovf:id=\"small\"{small}/>
+             <Configuration ovf:id=\"large\"{large}/></DeploymentOptionSection><VirtualSystem "
+        );
+        let items = format!("{}{}{bound}<vmw:Config ", item("large other", 8), item("small", 1));
+        let text = descriptor("a.vmdk").replace("<VirtualSystem ", &section).replace("<vmw:Config ", &items);
+        let machine = ovf::parse(&text).unwrap();
+        assert_eq!(machine.memory, Some(768 << 20), "what is of no configuration holds for all");
+        machine.cpus
+    };
+    let default = " ovf:default=\"true\"";
+    assert_eq!(of(default, ""), Some(1));
+    assert_eq!(of("", default), Some(8));
+    assert_eq!(of("", ""), Some(1), "the first, if none is the default");
+}
+
+#[test]
+fn what_an_interrupted_import_left_is_cleared_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    disk(folder, "disk.raw", "raw", &[]);
+    let part = folder.join("out.part");
+    std::fs::create_dir_all(part.join("appliance")).unwrap();
+    std::fs::write(part.join("appliance/disk1.raw"), "half").unwrap();
+    let error = import(&order(folder, "disk.raw"), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("out.part") && part.join("appliance/disk1.raw").exists(), "it may be somebody's: {error}");
+    File::create(part.join(MARK)).unwrap();
+    import(&order(folder, "disk.raw"), &mut |_| {}).unwrap();
+    assert!(!part.exists() && folder.join("out/disk1.raw").exists());
+}

@@ -3,11 +3,15 @@
 #![forbid(unsafe_code)]
 
 mod build;
+mod checksums;
 mod disks;
+mod envelope;
+mod export;
 mod import;
 mod ova;
 mod ovf;
 
 pub use build::{BuildError, BuiltVersion, build, read_recipe};
-pub use disks::{DiskFile, DisksError, PreparedDisk, open_disks, raw_to_qcow2};
+pub use disks::{DiskFile, DisksError, PreparedDisk, open_disks};
+pub use export::{Export, ExportDisk, ExportError, ExportFormat, export};
 pub use import::{Import, ImportError, Imported, import};

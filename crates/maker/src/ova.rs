@@ -11,6 +11,7 @@ use std::rc::Rc;
 
 use tar::{Archive, Entry, EntryType};
 
+use crate::checksums::MAX_MF_BYTES;
 use crate::ovf::MAX_OVF_BYTES;
 
 const MAX_MEMBERS: usize = 4096;
@@ -72,25 +73,33 @@ fn walk(path: &Path, look: &mut dyn FnMut(&str, &mut Entry<Bounded>) -> io::Resu
     Ok(())
 }
 
-/// The archive's descriptor.
-pub(crate) fn descriptor(path: &Path) -> io::Result<String> {
-    let mut found = None;
+/// A text of the archive, and its name there.
+pub(crate) type Text = (String, String);
+
+/// The archive's descriptor, and its manifest if it has one: that may be before the disks or after them.
+pub(crate) fn descriptor(path: &Path) -> io::Result<(Text, Option<Text>)> {
+    let (mut descriptor, mut manifest) = (None, None);
     walk(path, &mut |name, entry| {
-        if !name.to_ascii_lowercase().ends_with(".ovf") || !entry.header().entry_type().is_file() {
-            return Ok(false);
-        }
-        if entry.size() > MAX_OVF_BYTES {
-            return Err(io::Error::other(format!("its descriptor is longer than {MAX_OVF_BYTES} bytes")));
+        let lower = name.to_ascii_lowercase();
+        let (found, what, limit) = match () {
+            () if !entry.header().entry_type().is_file() => return Ok(false),
+            () if lower.ends_with(".ovf") && descriptor.is_none() => (&mut descriptor, "descriptor", MAX_OVF_BYTES),
+            () if lower.ends_with(".mf") && manifest.is_none() => (&mut manifest, "manifest", MAX_MF_BYTES),
+            () => return Ok(false),
+        };
+        if entry.size() > limit {
+            return Err(io::Error::other(format!("its {what} is longer than {limit} bytes")));
         }
         let mut text = String::new();
         let size = entry.size();
-        if entry.take(MAX_OVF_BYTES).read_to_string(&mut text)? as u64 != size {
-            return Err(io::Error::other("it ends in the middle of its descriptor"));
+        if entry.take(limit).read_to_string(&mut text)? as u64 != size {
+            return Err(io::Error::other(format!("it ends in the middle of its {what}")));
         }
-        found = Some(text);
-        Ok(true)
+        *found = Some((name.to_owned(), text));
+        Ok(descriptor.is_some() && manifest.is_some())
     })?;
-    found.ok_or_else(|| io::Error::other("it is no OVA: no member is an .ovf descriptor"))
+    let descriptor = descriptor.ok_or_else(|| io::Error::other("it is no OVA: no member is an .ovf descriptor"))?;
+    Ok((descriptor, manifest))
 }
 
 /// Takes the members in `wanted` (with their declared sizes) out into `folder`; tells where each of them is.

@@ -75,6 +75,7 @@ struct Found {
     systems: u32,
     name: String,
     product: String,
+    annotation: String,
     configuration: Option<(String, bool)>,
     files: Vec<File>,
     disks: Vec<Disk>,
@@ -192,6 +193,7 @@ impl Found {
             (_, "HostResource", Some(item)) if item.host.is_empty() => item.host = text.to_owned(),
             ("VirtualSystem", "Name", _) => self.name = text.to_owned(),
             ("ProductSection", "Product", _) if self.product.is_empty() => self.product = text.to_owned(),
+            ("AnnotationSection", "Annotation", _) if self.annotation.is_empty() => self.annotation = text.to_owned(),
             _ => {}
         }
         Ok(())
@@ -235,7 +237,8 @@ impl Found {
             }
             None => None,
         };
-        let summary = if self.product.is_empty() { &self.name } else { &self.product };
+        let told = [&self.product, &self.annotation].into_iter().find(|text| !text.is_empty());
+        let summary = told.unwrap_or(&self.name);
         let summary = summary.split_whitespace().collect::<Vec<_>>().join(" ");
         let summary = summary.chars().filter(|char| !char.is_control()).take(200).collect();
         Ok(Ovf { summary, cpus, memory, uefi: self.uefi, disks: self.disks()? })
