@@ -4,7 +4,7 @@ CARGO ?= cargo
 PROGRAM = $(or $(CARGO_TARGET_DIR),target)/release/collective
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: demo demo-stop test lint install
+.PHONY: demo demo-stop test soak lint install
 
 demo:            ## the main job on a real Debian appliance
 	deploy/install-deps demo
@@ -17,6 +17,10 @@ demo-stop:       ## ends what `make demo` left running and removes it
 test: lint       ## everything that is tested, with real QEMU
 	deploy/install-deps test
 	$(CARGO) test --workspace -- --test-threads 2
+
+soak:            ## what takes long: a plain Debian with cloud-init, bad luck at many instants; SOAK=N for more
+	deploy/install-deps test
+	$(CARGO) test -p collective --test soak -- --ignored --test-threads 1
 
 lint:            ## format and clippy
 	$(CARGO) fmt --all --check

@@ -53,19 +53,28 @@ fn settings_and_resources_reach_the_guest_and_survive() {
 }
 
 #[test]
-fn a_uefi_machine_starts_its_firmware_and_keeps_its_variables() {
+fn the_same_disks_boot_by_uefi_which_keeps_its_variables() {
     let fleet = Fleet::start(PROGRAM);
-    let folder = fleet.file("uefi");
+    let (built, folder) = (tiny(PROGRAM, SCRATCH, "1"), fleet.file("uefi"));
     std::fs::create_dir(&folder).unwrap();
-    let toml = "publisher='p'\nname='uefi'\nversion='1'\n[hardware]\nmemory='256M'\nfirmware='uefi'\n\
-                [[disk]]\nname='system'\nrole='system'\nfile='system.raw'\n";
-    std::fs::write(folder.join("appliance.toml"), toml).unwrap();
-    std::fs::write(folder.join("system.raw"), vec![0x5a; 1 << 20]).unwrap();
+    for disk in ["system.raw", "data.raw"] {
+        std::os::unix::fs::symlink(built.join(disk), folder.join(disk)).unwrap();
+    }
+    let recipe = std::fs::read_to_string(built.join("appliance.toml")).unwrap();
+    std::fs::write(folder.join("appliance.toml"), recipe.replace("\"bios\"", "\"uefi\"")).unwrap();
     fleet.ok(&["publish", &folder.to_string_lossy()]);
-    fleet.ok(&["launch", "p/uefi", "--name", "n"]);
-    fleet.wait("n", "running");
-    eventually("the firmware looks for something to boot", Duration::from_secs(60), || {
-        fleet.ok(&["logs", "n"]).contains("BdsDxe").then_some(())
-    });
+    let port = free_port();
+    fleet.ok(&["launch", "test/tiny", "--name", "n", "--publish", &format!("{port}:80")]);
+    fleet.wait("n", "healthy");
+    let guest = Guest { port };
+    assert!(fleet.ok(&["logs", "n"]).contains("BdsDxe: starting Boot"), "the firmware found the boot loader");
+    assert_eq!(guest.get("/uefi-boots"), "1", "the guest wrote a variable");
+    guest.put("/notes/x", "kept");
+
+    fleet.ok(&["restart", "n"]);
+    fleet.wait("n", "healthy");
+    guest.answers();
+    assert_eq!(guest.get("/uefi-boots"), "2", "the variable of the first boot is still there");
+    assert_eq!(guest.get("/notes/x"), "kept");
     fleet.ok(&["delete", "n", "--data"]);
 }

@@ -24,8 +24,8 @@ pub fn write(path: &Path, spec: &Spec, manifest: &Manifest, ssh_host_key: &SshKe
         std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
     image.set_len(SIZE)?;
     let mut files = files(spec, &settings);
-    files
-        .push(("user-data", user_data(manifest.cloud_init.as_ref(), &spec.authorized_keys, ssh_host_key).into_bytes()));
+    let user_data = user_data(manifest.cloud_init.as_ref(), &spec.authorized_keys, ssh_host_key);
+    files.push(("user-data", user_data.into_bytes()));
     files.push(("collective/ssh_host_ed25519_key", ssh_host_key.private.clone().into_bytes()));
     files.push(("collective/ssh_host_ed25519_key.pub", ssh_host_key.public.clone().into_bytes()));
     fill(&mut image, &files)?;

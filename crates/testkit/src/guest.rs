@@ -1,5 +1,6 @@
-//! The tiny guest: built once per checkout, spoken to by HTTP.
+//! The guests of the tests: built once per checkout, spoken to by HTTP.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -11,36 +12,10 @@ use crate::eventually;
 /// The folder of a built version of `tests/guests/tiny`, ready for `collective publish`. `scratch` is a folder that
 /// stays between test runs, such as cargo's own for tests.
 pub fn tiny(program: impl AsRef<Path>, scratch: &str, version: &str) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests/tiny");
-    let folder = Path::new(scratch).join("tiny");
-    std::fs::create_dir_all(&folder).expect("a folder for the tiny guest");
-    let lock = std::fs::File::create(folder.join("lock")).expect("a lock");
-    lock.lock().expect("a lock");
-    let mut current = String::new();
-    let mut names: Vec<_> = std::fs::read_dir(&source).expect("the recipe").flatten().collect();
-    names.sort_by_key(|entry| entry.file_name());
-    for entry in names.iter().filter(|entry| entry.path().is_file()) {
-        let bytes = std::fs::read(entry.path()).expect("the recipe");
-        current += &format!("{:?} {}\n", entry.file_name(), String::from_utf8_lossy(&bytes));
-    }
-    let stamp = folder.join("stamp");
-    if std::fs::read_to_string(&stamp).ok().as_deref() != Some(&current) {
-        for entry in names.iter().filter(|entry| entry.path().is_file()) {
-            std::fs::copy(entry.path(), folder.join(entry.file_name())).expect("a copy of the recipe");
-        }
-        // A broken version is waited for in the tests, so its limit is short; a boot takes 10 s with one CPU emulated.
-        let path = folder.join("appliance.toml");
-        let text = std::fs::read_to_string(&path).expect("the recipe");
-        let limited = |line: &str| if line.starts_with("limit") { "limit = \"45s\"".into() } else { line.to_owned() };
-        let text: Vec<String> = text.lines().map(limited).collect();
-        std::fs::write(&path, text.join("\n")).expect("the recipe");
-        let output = Command::new(program.as_ref()).arg("build").arg(&folder).output().expect("the program runs");
-        assert!(output.status.success(), "the tiny guest is built: {}", String::from_utf8_lossy(&output.stderr));
-        std::fs::write(&stamp, &current).expect("a stamp");
-    }
+    let (folder, recipe, _lock) = build(program.as_ref(), scratch, "tiny");
     let built = folder.join("build").join(version);
     // Published by other users too, wherever the build's folder is: those pass through only what is open to them.
-    let open = std::env::temp_dir().join(format!("cl-tiny-{}", stamp_of(&current)));
+    let open = std::env::temp_dir().join(format!("cl-tiny-{}", stamp_of(&recipe)));
     let copy = open.join(version);
     if !copy.join("appliance.toml").exists() {
         std::fs::create_dir_all(&copy).expect("a folder for the tiny guest");
@@ -52,6 +27,38 @@ pub fn tiny(program: impl AsRef<Path>, scratch: &str, version: &str) -> PathBuf 
     copy
 }
 
+/// The same for `tests/guests/cloud`. To build it takes root, and minutes.
+pub fn cloud(program: impl AsRef<Path>, scratch: &str, version: &str) -> PathBuf {
+    build(program.as_ref(), scratch, "cloud").0.join("build").join(version)
+}
+
+/// Builds a guest of `tests/guests` if its recipe has changed; gives the folder where it was built, the recipe, and a
+/// lock that keeps others from building it.
+fn build(program: &Path, scratch: &str, guest: &str) -> (PathBuf, String, File) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/guests").join(guest);
+    let folder = Path::new(scratch).join(guest);
+    std::fs::create_dir_all(&folder).expect("a folder for the guest");
+    let lock = File::create(folder.join("lock")).expect("a lock");
+    lock.lock().expect("a lock");
+    let mut recipe = String::new();
+    let mut names: Vec<_> = std::fs::read_dir(&source).expect("the recipe").flatten().collect();
+    names.sort_by_key(|entry| entry.file_name());
+    for entry in names.iter().filter(|entry| entry.path().is_file()) {
+        let bytes = std::fs::read(entry.path()).expect("the recipe");
+        recipe += &format!("{:?} {}\n", entry.file_name(), String::from_utf8_lossy(&bytes));
+    }
+    let stamp = folder.join("stamp");
+    if std::fs::read_to_string(&stamp).ok().as_deref() != Some(&recipe) {
+        for entry in names.iter().filter(|entry| entry.path().is_file()) {
+            std::fs::copy(entry.path(), folder.join(entry.file_name())).expect("a copy of the recipe");
+        }
+        let output = Command::new(program).arg("build").arg(&folder).output().expect("the program runs");
+        assert!(output.status.success(), "the guest is built: {}", String::from_utf8_lossy(&output.stderr));
+        std::fs::write(&stamp, &recipe).expect("a stamp");
+    }
+    (folder, recipe, lock)
+}
+
 fn stamp_of(text: &str) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
@@ -59,7 +66,7 @@ fn stamp_of(text: &str) -> u64 {
     hasher.finish()
 }
 
-/// A running tiny guest, by its published port.
+/// A running guest, by its published port.
 pub struct Guest {
     /// The port on 127.0.0.1.
     pub port: u16,

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Builds the guest "tiny": a complete disk that boots by its own boot loader, and an empty data disk.
+# Builds the guest "tiny": a complete disk that boots by its own boot loader, from BIOS and from UEFI, and an empty
+# data disk.
 # Same packages, same compiler => same bytes.
 set -euo pipefail
 umask 022
@@ -8,11 +9,12 @@ PATH=$PATH:/usr/sbin:/sbin
 fail() { echo "tiny: $*" >&2; exit 1; }
 trap 'echo "tiny: line $LINENO of build.sh failed: $BASH_COMMAND" >&2' ERR
 
-for tool in gcc mke2fs debugfs cpio gzip sfdisk grub-mkimage dpkg-deb apt-get apt-cache; do
-    command -v "$tool" >/dev/null || fail "no $tool here; install: gcc libc6-dev e2fsprogs cpio gzip fdisk grub-common dpkg apt"
+for tool in gcc mke2fs debugfs cpio gzip sfdisk mformat mcopy grub-mkimage dpkg-deb apt-get apt-cache; do
+    command -v "$tool" >/dev/null || fail "no $tool here; install: gcc libc6-dev e2fsprogs cpio gzip fdisk mtools grub-common dpkg apt"
 done
-GRUB=/usr/lib/grub/i386-pc
-[ -f $GRUB/boot.img ] || fail "no $GRUB; install grub-pc-bin"
+GRUB=/usr/lib/grub
+[ -f $GRUB/i386-pc/boot.img ] || fail "no $GRUB/i386-pc; install grub-pc-bin"
+[ -f $GRUB/x86_64-efi/linux.mod ] || fail "no $GRUB/x86_64-efi; install grub-efi-amd64-bin"
 
 # ---- packages, fetched once ----
 DEBS=$WORK/debs TREE=$WORK/packages
@@ -50,6 +52,7 @@ for m in drivers/virtio/virtio_ring drivers/virtio/virtio drivers/virtio/virtio_
     cp "$MODULES/$m.ko" "$I/modules/" || fail "the kernel has no module $m; adapt the list in build.sh"
     basename "$m" >>"$I/modules/order"
 done
+cp "$MODULES/fs/efivarfs/efivarfs.ko" "$I/modules/" # loaded by init if there is UEFI
 find "$I" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 (cd "$I" && find . -print0 | sort -z | cpio --null -o -H newc --reproducible --owner=0:0 --quiet) | gzip -n -1 >"$T/initrd"
 
@@ -62,7 +65,7 @@ echo "$VERSION" >"$T/version"
 "$T/payload" half  "$VERSION" 2097152 50  >"$T/half"    # half of its blocks differ
 "$T/payload" few   "$VERSION" 1048576 5   >"$T/few"
 "$T/payload" whole "$VERSION" 1048576 100 >"$T/whole"
-truncate -s 63M "$P"
+truncate -s 61M "$P"
 mke2fs -q -F -t ext4 -b 4096 -L tiny-system -U 7f1e7a00-0000-4000-8000-00000000000$((VERSION % 10)) -m 0 -J size=4 \
     -E hash_seed=7f1e7a00-0000-4000-8000-0000000000aa,lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 "$P" >&2
 kernel=$(echo "$TREE"/boot/vmlinuz-*)
@@ -84,23 +87,34 @@ put() { # FILE PATH MODE
 debugfs -w -f "$T/debugfs" "$P" >"$T/debugfs.log" 2>&1
 ! grep -vE '^debugfs|^Allocated inode' "$T/debugfs.log" >&2 || fail "debugfs could not fill the system disk (see above)"
 
-# GRUB's core in the gap before the first partition. No menu and no wait. linux16 rather than linux: the latter moves the
-# kernel's whole run-time size (54 MB) byte by byte, which takes 3 s under emulation.
-cat >"$T/early.cfg" <<'G'
-linux16 /boot/vmlinuz console=ttyS0 quiet nokaslr tsc=reliable no_timer_check mitigations=off cryptomgr.notests initcall_blacklist=crypto_kdf108_init,init_kprobe_trace,slab_sysfs_init
-initrd16 /boot/initrd
+# The same GRUB twice: for BIOS in the gap before the first partition, for UEFI as the program that firmware looks for on
+# an EFI system partition. No menu and no wait. For BIOS linux16 rather than linux: the latter moves the kernel's whole
+# run-time size (54 MB) byte by byte, which takes 3 s under emulation.
+boot_loader() { # FORMAT OUTPUT SUFFIX MODULE...
+    cat >"$T/early.cfg" <<G
+linux$3 /boot/vmlinuz console=ttyS0 quiet nokaslr tsc=reliable no_timer_check mitigations=off cryptomgr.notests initcall_blacklist=crypto_kdf108_init,init_kprobe_trace,slab_sysfs_init
+initrd$3 /boot/initrd
 boot
 G
-grub-mkimage -O i386-pc -c "$T/early.cfg" -p '(,msdos1)/boot/grub' -o "$T/core.img" biosdisk part_msdos ext2 linux16
+    grub-mkimage -O "$1" -c "$T/early.cfg" -p '(,msdos1)/boot/grub' -o "$2" part_msdos ext2 "linux$3" "${@:4}"
+}
+boot_loader i386-pc "$T/core.img" 16 biosdisk
+boot_loader x86_64-efi "$T/bootx64.efi" ""
 [ "$(stat -c %s "$T/core.img")" -le $((2047 * 512)) ] || fail "GRUB's core.img does not fit before the first partition"
 D=$OUT/system.raw
 truncate -s 64M "$D"
 echo "label: dos
 label-id: 0x7f1e7a0$((VERSION % 10))
-start=2048, type=83, bootable" | sfdisk -q "$D" >&2
-dd if=$GRUB/boot.img of="$D" bs=440 count=1 conv=notrunc status=none
+start=2048, size=61MiB, type=83, bootable
+size=2MiB, type=ef" | sfdisk -q "$D" >&2
+dd if=$GRUB/i386-pc/boot.img of="$D" bs=440 count=1 conv=notrunc status=none
 dd if="$T/core.img" of="$D" bs=512 seek=1 conv=notrunc status=none
 dd if="$P" of="$D" bs=1M seek=1 conv=notrunc,sparse status=none
+touch -d "@$SOURCE_DATE_EPOCH" "$T/bootx64.efi"
+esp=$D@@62M
+mformat -i "$esp" -T 4096 -h 2 -s 32 -N 7f1e7a00 ::
+mmd -i "$esp" ::/EFI ::/EFI/BOOT
+mcopy -m -i "$esp" "$T/bootx64.efi" ::/EFI/BOOT/BOOTX64.EFI
 
 # ---- data disk: the template of the user's disk, the same in all versions ----
 truncate -s 32M "$OUT/data.raw"

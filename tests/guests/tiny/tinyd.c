@@ -301,6 +301,7 @@ static void serve(void) {
     if (!strcmp(path, "/health")) reply(200, "ok version=%s", version);
     if (!strcmp(path, "/version")) reply(200, "%s", version);
     if (!strcmp(path, "/boots")) lines_of("/sysroot/boots");
+    if (!strcmp(path, "/uefi-boots")) first_line_of("/uefi-boots", 0);
     if (!strcmp(path, "/hostname")) first_line_of("/proc/sys/kernel/hostname", 0);
     if (!strcmp(path, "/machine-id")) first_line_of("/sys/class/dmi/id/product_uuid", 1);
     if (!strcmp(path, "/uptime")) first_line_of("/proc/uptime", 0);
