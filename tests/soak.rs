@@ -169,3 +169,39 @@ fn a_publish_killed_at_any_instant_is_repeated() {
         assert_eq!(fleet.json(&["verify", &reference])["sound"], true, "killed after {instant:?}");
     }
 }
+
+/// The host's disk is a real file system that keeps only what was synced before its machine lost power.
+#[test]
+#[ignore = "takes a minute for each instant; run by make soak"]
+fn a_power_cut_at_any_instant_of_an_update_leaves_one_side() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.real_disk("b", 2 << 30);
+    fleet.join("b");
+    for version in ["1", "2"] {
+        fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, version).to_string_lossy()]);
+    }
+    let guest = Guest { port: free_port() };
+    let published = format!("{}:80", guest.port);
+    fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "b", "--publish", &published]);
+    fleet.wait("n", "healthy");
+    let begun = Instant::now();
+    fleet.ok(&["update", "n"]);
+    for (round, instant) in instants(begun.elapsed()).enumerate() {
+        let target = if fleet.info("n")["version"] == "1" { "2" } else { "1" };
+        let note = format!("/notes/{round}");
+        guest.put(&note, &note);
+        let mut update = fleet.spawn(&["update", "n", "--to", target]);
+        at(instant);
+        fleet.cut_power("b");
+        fleet.run_host("b");
+        update.wait().unwrap();
+        eventually("the update ends", LONG, || {
+            let info = fleet.info("n");
+            let idle = info["operations"].as_array().unwrap().is_empty();
+            (idle && info["state"] == "running" && info["ports"][0]["open"] == true).then_some(())
+        });
+        guest.answers();
+        assert_eq!(guest.get("/version"), fleet.info("n")["version"].as_str().unwrap(), "cut after {instant:?}");
+        assert_eq!(guest.get(&note), note, "cut after {instant:?}");
+    }
+}
