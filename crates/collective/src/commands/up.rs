@@ -67,7 +67,7 @@ impl Up {
             bail!("it is up already in {}; `collective status` shows how it is", data.display());
         }
         match (self.install, self.detach) {
-            (true, _) => install(ui, &data),
+            (true, _) => install(ui, &data).await,
             (_, true) => detach(ui, &data).await,
             _ => self.serve(ui, &data).await,
         }
@@ -160,14 +160,14 @@ fn unit(arguments: &[String], root: bool) -> String {
         arguments.iter().map(|text| format!("\"{}\"", text.replace('%', "%%").replace('"', "\\\""))).collect();
     let wanted_by = if root { "multi-user.target" } else { "default.target" };
     format!(
-        "[Unit]\nDescription=Collective: plane and host\nAfter=network-online.target\nWants=network-online.target\n\n\
-         [Service]\nExecStart={}\nRestart=on-failure\nKillMode=process\nDelegate=yes\n\n\
+        "[Unit]\nDescription=Collective: plane and host\nAfter=network-online.target\nWants=network-online.target\n\
+         StartLimitIntervalSec=0\n\n[Service]\nExecStart={}\nRestart=on-failure\nRestartSec=5\nKillMode=process\nDelegate=yes\n\n\
          [Install]\nWantedBy={wanted_by}\n",
         quoted.join(" ")
     )
 }
 
-fn install(ui: &Ui, data: &Path) -> Result<()> {
+async fn install(ui: &Ui, data: &Path) -> Result<()> {
     let root = rustix::process::geteuid().is_root();
     let program = std::env::current_exe()?.to_string_lossy().into_owned();
     let mut arguments = vec![program];
@@ -185,14 +185,33 @@ fn install(ui: &Ui, data: &Path) -> Result<()> {
         let status = std::process::Command::new("systemctl").args(scope).args(arguments).status();
         status.is_ok_and(|status| status.success())
     };
-    if systemctl(&["daemon-reload"]) && systemctl(&["enable", "--now", "collective.service"]) {
-        ui.hint("enabled and started; instances that ran come back after a restart of this machine");
-        if !root {
-            ui.hint("run `loginctl enable-linger` as well, or it ends when you log out");
-        }
-        return Ok(());
+    if !systemctl(&["daemon-reload"]) || !systemctl(&["enable", "--now", "collective.service"]) {
+        bail!("systemd did not take the unit; where it runs: systemctl enable --now collective.service");
     }
-    bail!("systemd did not take the unit; where it runs: systemctl enable --now collective.service")
+    let status = tokio::time::timeout(UP_LIMIT, until_up(&Client::new(Endpoint::Unix(socket(data)), None))).await;
+    let status = status.map_err(|_| {
+        let scope = if root { "" } else { "--user " };
+        anyhow!("the unit is enabled, but plane and host do not come up; journalctl {scope}-u collective says why")
+    })?;
+    show(ui, &status);
+    ui.hint("enabled and started; instances that ran come back after a restart of this machine");
+    if !root {
+        ui.hint("run `loginctl enable-linger` as well, or it ends when you log out");
+    }
+    Ok(())
+}
+
+/// Waits until the plane answers and its host has told of itself.
+async fn until_up(client: &Client) -> PlaneStatus {
+    loop {
+        let status = client.get::<PlaneStatus>("/v1/status").await;
+        if let Ok(status) = status
+            && status.hosts.iter().any(|host| host.reachable && host.facts.is_some())
+        {
+            return status;
+        }
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
 }
 
 /// Runs the same command in the background and waits until it answers.
@@ -209,17 +228,6 @@ async fn detach(ui: &Ui, data: &Path) -> Result<()> {
         .kill_on_drop(false)
         .spawn()?;
     let client = Client::new(Endpoint::Unix(socket(data)), None);
-    let up = async {
-        loop {
-            let status = client.get::<PlaneStatus>("/v1/status").await;
-            if let Ok(status) = status
-                && status.hosts.iter().any(|host| host.reachable && host.facts.is_some())
-            {
-                return status;
-            }
-            tokio::time::sleep(Duration::from_millis(30)).await;
-        }
-    };
     let failed = |why: &str| {
         let text = std::fs::read_to_string(&log_path).unwrap_or_default();
         let last: Vec<_> = text.lines().rev().take(3).collect();
@@ -227,7 +235,7 @@ async fn detach(ui: &Ui, data: &Path) -> Result<()> {
         anyhow!("{why}; {} ends with: {}", log_path.display(), last.join(" | "))
     };
     tokio::select! {
-        status = up => {
+        status = until_up(&client) => {
             show(ui, &status);
             Ok(())
         }
@@ -328,5 +336,6 @@ mod tests {
             unit(&["/usr/local/bin/collective".into(), "up".into(), "--data".into(), "/srv/a \"b\" 100%".into()], true);
         assert!(text.contains(r#"ExecStart="/usr/local/bin/collective" "up" "--data" "/srv/a \"b\" 100%%""#), "{text}");
         assert!(text.contains("KillMode=process\n"), "runners are in the unit's control group: {text}");
+        assert!(text.contains("StartLimitIntervalSec=0\n"), "what is missing may come later: {text}");
     }
 }
