@@ -79,11 +79,7 @@ fn a_power_cut_in_the_middle_of_an_update_leaves_one_consistent_side() {
         fleet.kill_everything();
         update.wait().unwrap();
         fleet.up();
-        eventually("the update ends", LONG, || {
-            let info = fleet.info("n");
-            let idle = info["operations"].as_array().unwrap().is_empty();
-            (idle && info["state"] == "running" && info["ports"][0]["open"] == true).then_some(())
-        });
+        fleet.wait_until_settled("n");
         guest.answers();
         let info = fleet.info("n");
         assert_eq!(guest.get("/version"), info["version"].as_str().unwrap(), "{info}");

@@ -55,6 +55,11 @@ fn console_log_and_ports_of_a_guest_on_another_host() {
         assert!(refused.contains("cannot reach into n: it does not run"), "{refused}");
     }
     assert!(fleet.fails(&["console", "nobody"]).contains("no instance"));
+    assert_eq!(fleet.run(&["tunnel", "n", "0"]).code, Some(2));
+    assert!(fleet.fails(&["cp", "here", "there"]).contains("NAME:PATH"));
+    assert!(fleet.fails(&["cp", "n:/x", "m:/y"]).contains("one instance"));
+    assert!(fleet.fails(&["ssh", "@n"]).contains("[USER@]NAME"));
+    assert!(fleet.fails(&["ssh", "root@nobody"]).contains("no instance"));
     // The log is there without the guest, and goes on when it starts again.
     fleet.ok(&["start", "n"]);
     fleet.wait("n", "healthy");

@@ -122,11 +122,7 @@ fn an_update_killed_at_any_instant_ends_and_loses_nothing_acknowledged() {
         });
         acknowledged.push(before);
         fleet.up();
-        eventually("the update ends", LONG, || {
-            let info = fleet.info("n");
-            let idle = info["operations"].as_array().unwrap().is_empty();
-            (idle && info["state"] == "running" && info["ports"][0]["open"] == true).then_some(())
-        });
+        fleet.wait_until_settled("n");
         guest.answers();
         assert_eq!(guest.get("/version"), fleet.info("n")["version"].as_str().unwrap(), "killed after {instant:?}");
         for name in acknowledged {
@@ -195,11 +191,7 @@ fn a_power_cut_at_any_instant_of_an_update_leaves_one_side() {
         fleet.cut_power("b");
         fleet.run_host("b");
         update.wait().unwrap();
-        eventually("the update ends", LONG, || {
-            let info = fleet.info("n");
-            let idle = info["operations"].as_array().unwrap().is_empty();
-            (idle && info["state"] == "running" && info["ports"][0]["open"] == true).then_some(())
-        });
+        fleet.wait_until_settled("n");
         guest.answers();
         assert_eq!(guest.get("/version"), fleet.info("n")["version"].as_str().unwrap(), "cut after {instant:?}");
         assert_eq!(guest.get(&note), note, "cut after {instant:?}");

@@ -287,6 +287,18 @@ impl Fleet {
         assert_eq!(outcome.code, Some(0), "{name} {state}: {outcome:#?}\n{info}\n{}", self.serial(name));
     }
 
+    /// Waits until nothing is under way for a running instance, and its published ports are open.
+    #[track_caller]
+    pub fn wait_until_settled(&self, name: &str) {
+        eventually(&format!("{name} settles"), Duration::from_secs(300), || {
+            let info = self.info(name);
+            let idle = info["operations"].as_array().is_some_and(Vec::is_empty);
+            let open = |port: &Value| port["open"] == true;
+            let ports = info["ports"].as_array().is_some_and(|ports| ports.iter().all(open));
+            (idle && ports && info["state"] == "running").then_some(())
+        });
+    }
+
     /// What the guest wrote to its console, on whichever host.
     pub fn serial(&self, name: &str) -> String {
         let info: Value = serde_json::from_str(&self.run(&["info", name, "--json"]).stdout).unwrap_or_default();

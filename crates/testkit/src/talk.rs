@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::process::{Child, ChildStdin};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,27 +13,16 @@ pub struct Talk {
     child: Child,
     stdin: Option<ChildStdin>,
     heard: Arc<Mutex<Vec<u8>>>,
+    /// How much of it was waited for already.
+    passed: AtomicUsize,
 }
 
 impl Talk {
     pub(crate) fn new(mut child: Child) -> Self {
         let heard = Arc::<Mutex<Vec<u8>>>::default();
-        for mut stream in [
-            child.stdout.take().map(|out| Box::new(out) as Box<dyn Read + Send>),
-            child.stderr.take().map(|out| Box::new(out) as Box<dyn Read + Send>),
-        ]
-        .into_iter()
-        .flatten()
-        {
-            let heard = heard.clone();
-            std::thread::spawn(move || {
-                let mut buffer = [0; 4096];
-                while let Ok(read @ 1..) = stream.read(&mut buffer) {
-                    heard.lock().unwrap_or_else(PoisonError::into_inner).extend(&buffer[..read]);
-                }
-            });
-        }
-        Self { stdin: child.stdin.take(), child, heard }
+        child.stdout.take().into_iter().for_each(|stdout| listen(stdout, heard.clone()));
+        child.stderr.take().into_iter().for_each(|stderr| listen(stderr, heard.clone()));
+        Self { stdin: child.stdin.take(), child, heard, passed: AtomicUsize::new(0) }
     }
 
     /// Writes to its standard input.
@@ -46,16 +36,16 @@ impl Talk {
         self.stdin = None;
     }
 
-    /// All it said so far, on both outputs.
-    pub fn heard(&self) -> String {
-        String::from_utf8_lossy(&self.heard.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
-    }
-
-    /// Waits until it has said something.
+    /// Waits until it says something, on either output, after what was waited for before.
     #[track_caller]
     pub fn hear(&self, text: &str) {
-        let limit = Duration::from_secs(60);
-        eventually(&format!("{text:?} is heard"), limit, || self.heard().contains(text).then_some(()));
+        eventually(&format!("{text:?} is heard"), Duration::from_secs(60), || {
+            let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            let passed = self.passed.load(Relaxed);
+            let found = heard[passed..].windows(text.len()).position(|part| part == text.as_bytes())?;
+            self.passed.store(passed + found + text.len(), Relaxed);
+            Some(())
+        });
     }
 
     /// Waits for its end; its code.
@@ -64,6 +54,15 @@ impl Talk {
         let ended = || self.child.try_wait().expect("a child of ours");
         eventually("the command ends", Duration::from_secs(60), ended).code()
     }
+}
+
+fn listen(mut stream: impl Read + Send + 'static, heard: Arc<Mutex<Vec<u8>>>) {
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(read @ 1..) = stream.read(&mut buffer) {
+            heard.lock().unwrap_or_else(PoisonError::into_inner).extend(&buffer[..read]);
+        }
+    });
 }
 
 impl Drop for Talk {
