@@ -1,30 +1,39 @@
-//! An instance's SSH host key, in OpenSSH's own format (PROTOCOL.key of OpenSSH, RFC 8709 for the algorithm).
+//! SSH keys in OpenSSH's own format (PROTOCOL.key of OpenSSH, RFC 8709 for the algorithm).
 //!
-//! It belongs to the instance and reaches the guest by its seed disk, so that users see the same host key after every
-//! update and move.
+//! An instance's host key belongs to the instance and reaches the guest by its seed disk, so that users see the same one
+//! after every update and move. A user's key lets the user in.
 
 use crate::{KeyError, SigningKey};
 
-/// A host key as the two files that sshd reads.
+/// A key as the two files that OpenSSH reads.
 pub struct SshKey {
-    /// `ssh_host_ed25519_key`
+    /// `ssh_host_ed25519_key` of sshd, `id_ed25519` of ssh.
     pub private: String,
-    /// `ssh_host_ed25519_key.pub`
+    /// The same with `.pub`.
     pub public: String,
 }
 
 const ALGORITHM: &[u8] = b"ssh-ed25519";
 
-/// Makes a host key.
+/// Makes a key.
 pub fn new_ssh_key() -> Result<SshKey, KeyError> {
-    let key = SigningKey::generate()?;
-    let (seed, public) = (key.0.to_bytes(), key.0.verifying_key().to_bytes());
-    let blob = [string(ALGORITHM), string(&public)].concat();
+    Ok(SigningKey::generate()?.to_ssh())
+}
+
+impl SigningKey {
+    /// The same key for OpenSSH; always the same bytes.
+    pub fn to_ssh(&self) -> SshKey {
+        encode(&self.0.to_bytes(), &self.0.verifying_key().to_bytes())
+    }
+}
+
+fn encode(seed: &[u8; 32], public: &[u8; 32]) -> SshKey {
+    let blob = [string(ALGORITHM), string(public)].concat();
     // Two equal numbers tell a reader that it decrypted well; nothing is encrypted here.
     let check = [0x5e, 0xed, 0x5e, 0xed];
-    let pair = [seed, public].concat();
+    let pair = [*seed, *public].concat();
     let mut secret =
-        [&check[..], &check, &string(ALGORITHM), &string(&public), &string(&pair), &string(b"collective")].concat();
+        [&check[..], &check, &string(ALGORITHM), &string(public), &string(&pair), &string(b"collective")].concat();
     let padding = (8 - secret.len() % 8) % 8;
     secret.extend((1..=padding).map(|byte| byte as u8));
     let parts: [&[u8]; 7] = [
@@ -38,13 +47,13 @@ pub fn new_ssh_key() -> Result<SshKey, KeyError> {
     ];
     let body = base64(&parts.concat());
     let lines: Vec<&str> = body.as_bytes().chunks(70).filter_map(|line| std::str::from_utf8(line).ok()).collect();
-    Ok(SshKey {
+    SshKey {
         private: format!(
             "-----BEGIN OPENSSH PRIVATE KEY-----\n{}\n-----END OPENSSH PRIVATE KEY-----\n",
             lines.join("\n")
         ),
         public: format!("ssh-ed25519 {} collective\n", base64(&blob)),
-    })
+    }
 }
 
 /// A length and the bytes (RFC 4251, section 5).

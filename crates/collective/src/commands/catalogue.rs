@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Result, bail};
 use collective_api::{ApplianceView, Client, KeyUpdate, PlaneStore, VersionDetail};
 use collective_keys::{KeyChange, Kind, Pins, PublicKey, Signed, SigningKey};
-use collective_model::{ApplianceName, ByteSize, Manifest, Name, Reference};
+use collective_model::{ApplianceName, ByteSize, Digest, Manifest, Name, Reference};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
@@ -56,9 +56,17 @@ fn escape(text: &str) -> String {
 pub(super) async fn resolve(client: &Client, reference: &Reference) -> Result<(VersionDetail, Manifest)> {
     let detail: VersionDetail =
         client.get(&format!("/v1/resolve?reference={}", escape(&reference.to_string()))).await?;
-    let text = detail.manifest.verified(Kind::Manifest)?;
-    let manifest = Manifest::parse(text.as_bytes())?;
+    let manifest = signed_manifest(&detail)?;
     Ok((detail, manifest))
+}
+
+/// The manifest of a version that an instance has.
+pub(super) async fn manifest_of(client: &Client, version: &Digest) -> Result<Manifest> {
+    signed_manifest(&client.get(&format!("/v1/versions/{version}")).await?)
+}
+
+fn signed_manifest(detail: &VersionDetail) -> Result<Manifest> {
+    Ok(Manifest::parse(detail.manifest.verified(Kind::Manifest)?.as_bytes())?)
 }
 
 /// The version must be signed by the key that its publisher is bound to.

@@ -6,16 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use collective_api::{Client, PlaneStore, TunnelTarget, VersionDetail};
-use collective_keys::Kind;
+use collective_api::{Client, PlaneStore, TunnelTarget};
 use collective_maker::{Export as Machine, ExportDisk, ExportFormat};
-use collective_model::{ByteSize, Disk, DiskRole, Manifest, Name};
+use collective_model::{ByteSize, Disk, DiskRole, Name};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::image::{ImageMap, Run};
 use collective_store::{BLOCK, sparse};
 
-use super::catalogue::{resolve, trusted};
+use super::catalogue::{manifest_of, resolve, trusted};
 use crate::ui::Ui;
 
 /// Write a published version or an instance into a file that other hypervisors take
@@ -95,8 +94,7 @@ impl Export {
         let view = super::instance(client, &name).await?;
         let seen = view.observed.as_ref().filter(|seen| !seen.disks.is_empty());
         let seen = seen.with_context(|| format!("{name} was never started, and has no disks yet"))?;
-        let detail: VersionDetail = client.get(&format!("/v1/versions/{}", seen.version)).await?;
-        let manifest = Manifest::parse(detail.manifest.verified(Kind::Manifest)?.as_bytes())?;
+        let manifest = manifest_of(client, &seen.version).await?;
         let mut hardware = manifest.hardware;
         hardware.cpus = view.spec.cpus.unwrap_or(hardware.cpus);
         hardware.memory = view.spec.memory.unwrap_or(hardware.memory);

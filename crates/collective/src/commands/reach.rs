@@ -1,15 +1,15 @@
 //! `console`, `ssh`, `cp`, `tunnel`: from here into a guest, wherever it runs. Hosts dial out to the plane, so nothing has
 //! to be published or opened for it.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use collective_api::{Client, TunnelTarget};
-use collective_keys::Kind;
-use collective_model::{Manifest, Name};
+use collective_keys::SigningKey;
+use collective_model::Name;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -117,6 +117,7 @@ async fn show(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin)
 #[derive(Debug, clap::Args)]
 pub struct Tunnel {
     name: Name,
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
 }
 
@@ -226,8 +227,7 @@ impl Login {
         let name: Name = name.parse()?;
         let view = super::instance(client, &name).await?;
         let version = view.observed.as_ref().map_or(view.spec.version, |seen| seen.version);
-        let detail: collective_api::VersionDetail = client.get(&format!("/v1/versions/{version}")).await?;
-        let manifest = Manifest::parse(detail.manifest.verified(Kind::Manifest)?.as_bytes())?;
+        let manifest = super::catalogue::manifest_of(client, &version).await?;
         let (account, port) = manifest.ssh.map_or(("root".into(), 22), |ssh| (ssh.user.to_string(), ssh.port));
         let user = user.map_or(account, str::to_owned);
         Ok(Self { name, id: view.spec.id.to_string(), user, port })
@@ -282,29 +282,25 @@ fn become_it(mut command: Command) -> Result<()> {
     Err(error).with_context(|| format!("cannot run {}; install the package openssh-client", program.display()))
 }
 
-/// The key that launches from here put into every instance: its private file and its public text. Made at first use.
+/// The key that launches from here put into every instance: its private file, which ssh reads, and its public text.
+/// Made at first use.
 pub fn own_key() -> Result<(PathBuf, String)> {
     let folder = config_dir();
-    let (private, public) = (folder.join("id_ed25519"), folder.join("id_ed25519.pub"));
-    let io = || format!("cannot keep an SSH key in {}", folder.display());
-    if !private.exists() {
-        let key = collective_keys::new_ssh_key()?;
-        collective_host::create_folder(&folder, 0o700).with_context(io)?;
-        std::fs::write(&public, &key.public).with_context(io)?;
-        write_private(&private, &key.private).with_context(io)?;
+    // Two launches at the same time make one key, and write the same file.
+    let (key, _) = SigningKey::load_or_create(&folder.join("ssh.key"))?;
+    let (key, path) = (key.to_ssh(), folder.join("id_ed25519"));
+    if std::fs::read_to_string(&path).ok().as_ref() != Some(&key.private) {
+        let write = || -> std::io::Result<()> {
+            // Readable by its owner only.
+            let mut file = tempfile::NamedTempFile::new_in(&folder)?;
+            file.write_all(key.private.as_bytes())?;
+            file.as_file().sync_all()?;
+            file.persist(&path)?;
+            Ok(())
+        };
+        write().with_context(|| format!("cannot keep an SSH key in {}", folder.display()))?;
     }
-    let text = std::fs::read_to_string(&public).with_context(io)?;
-    Ok((private, text.trim().to_owned()))
-}
-
-fn write_private(path: &std::path::Path, text: &str) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let part = path.with_extension("part");
-    let mut file = std::fs::File::options().create(true).write(true).truncate(true).mode(0o600).open(&part)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(part, path)
+    Ok((path, key.public.trim().to_owned()))
 }
 
 #[cfg(test)]
