@@ -176,6 +176,9 @@ pub enum SettingType {
     Boolean,
 }
 
+/// Of `#cloud-config`: what the seed disk says itself.
+const INSTANCE_KEYS: [&str; 2] = ["ssh_keys", "ssh_authorized_keys"];
+
 /// The guest runs cloud-init.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -281,6 +284,18 @@ impl Manifest {
                 return unsound("a span of the health check is zero".into());
             }
         }
+        if let Some(cloud_init) = &self.cloud_init {
+            // A second one would take the place of the instance's own.
+            let own = |line: &&str| {
+                INSTANCE_KEYS.iter().any(|key| line.strip_prefix(key).is_some_and(|r| r.starts_with(':')))
+            };
+            if let Some(line) = cloud_init.user_data.lines().find(own) {
+                return unsound(format!("cloud_init.user_data has {line:?}, which every instance gets of its own"));
+            }
+        }
+        if self.ssh.as_ref().is_some_and(|ssh| ssh.port == 0) {
+            return unsound("the port of ssh is 0".into());
+        }
         for (key, setting) in &self.settings {
             check_key(key).map_err(ManifestError::Unsound)?;
             if setting.secret && setting.default.is_some() {
@@ -364,7 +379,7 @@ mod tests {
     #[test]
     fn sound_and_unsound() {
         sample().check().unwrap();
-        let spoil: [fn(&mut Manifest); 8] = [
+        let spoil: [fn(&mut Manifest); 11] = [
             |m| m.hardware.cpus = 0,
             |m| m.hardware.memory = ByteSize(1),
             |m| m.disks.clear(),
@@ -373,6 +388,9 @@ mod tests {
             |m| m.disks[0].size = ByteSize(u64::MAX),
             |m| m.health.as_mut().unwrap().http.path = "/a b".into(),
             |m| m.ports[0].guest = 0,
+            |m| m.ssh = Some(Ssh { user: m.disks[0].name.clone(), port: 0 }),
+            |m| m.cloud_init = Some(CloudInit { user_data: "locale: C\nssh_keys:\n  rsa_private: x\n".into() }),
+            |m| m.cloud_init = Some(CloudInit { user_data: "ssh_authorized_keys: []".into() }),
         ];
         for (i, spoil) in spoil.iter().enumerate() {
             let mut manifest = sample();
