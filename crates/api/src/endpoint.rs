@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use collective_model::Digest;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -98,6 +99,7 @@ impl Endpoint {
                 let tcp = TcpStream::connect(address).await.map_err(connect)?;
                 let tls = |source| EndpointError::Tls { endpoint: self.clone(), source };
                 tcp.set_nodelay(true).map_err(tls)?;
+                notice_death(&tcp).map_err(tls)?;
                 let config = client_config(*fingerprint).map_err(|e| tls(std::io::Error::other(e)))?;
                 let name = ServerName::try_from("collective").map_err(|e| tls(std::io::Error::other(e)))?;
                 let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
@@ -105,6 +107,16 @@ impl Endpoint {
             }
         }
     }
+}
+
+/// Lets a connection fail within two minutes of its peer vanishing without a word, however long nothing is said: a tunnel
+/// may be silent for days.
+pub fn notice_death(tcp: &TcpStream) -> std::io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_socket_keepalive(tcp, true)?;
+    sockopt::set_tcp_keepidle(tcp, Duration::from_secs(60))?;
+    sockopt::set_tcp_keepintvl(tcp, Duration::from_secs(15))?;
+    Ok(sockopt::set_tcp_keepcnt(tcp, 4)?)
 }
 
 impl fmt::Display for Endpoint {

@@ -10,6 +10,6 @@ mod store;
 mod wire;
 
 pub use client::{Client, ClientError, Tunnel};
-pub use endpoint::{Endpoint, EndpointError, Fingerprint, Token, TokenKind, fingerprint};
+pub use endpoint::{Endpoint, EndpointError, Fingerprint, Token, TokenKind, fingerprint, notice_death};
 pub use store::{PlaneStore, StoreError};
 pub use wire::*;

@@ -99,7 +99,7 @@ pub async fn serve(plane: Plane, tls: Tls, listening: Listening) -> Result<(), P
                 Ok((stream, peer)) => {
                     let (acceptor, remote) = (tls.acceptor.clone(), remote.clone());
                     tokio::spawn(async move {
-                        let _ = stream.set_nodelay(true);
+                        let _ = stream.set_nodelay(true).and_then(|()| collective_api::notice_death(&stream));
                         match tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(stream)).await {
                             Ok(Ok(stream)) => converse(stream, remote),
                             Ok(Err(error)) => refused(peer, &error.to_string()),

@@ -21,6 +21,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// More than this many users of one plane do not wait at the same time.
 const MAX_WAITING: usize = 1024;
 
+const NOBODY_WAITS: &str = "nobody waits for this tunnel any more";
+
 /// Tunnels whose hosts have not dialled yet.
 #[derive(Default)]
 pub(crate) struct Tunnels {
@@ -92,7 +94,7 @@ impl Plane {
     ) -> Answer<bool> {
         let mut waiting = self.inner.tunnels.lock();
         if waiting.get(id).is_none_or(|waiting| waiting.host != *host) {
-            return Err(Failure::missing("nobody waits for this tunnel any more"));
+            return Err(Failure::missing(NOBODY_WAITS));
         }
         let Some(waiting) = waiting.remove(id) else { return Ok(false) };
         let (result, wanted) = match (answer.refused, stream) {
@@ -100,8 +102,8 @@ impl Plane {
             (None, Some(stream)) => (Ok(stream), true),
             (None, None) => return Err(Failure::invalid("a tunnel needs a connection that can be upgraded")),
         };
-        let _ = waiting.answer.send(result);
-        Ok(wanted)
+        let gone = waiting.answer.send(result).is_err();
+        if gone { Err(Failure::missing(NOBODY_WAITS)) } else { Ok(wanted) }
     }
 }
 
