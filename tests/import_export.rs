@@ -120,4 +120,16 @@ fn an_instance_leaves_with_all_that_it_wrote() {
     // And the instance itself is as it was.
     fleet.ok(&["start", "n"]);
     fleet.wait("n", "healthy");
+
+    // A damaged disk does not leave as if it were whole, and the user reads why.
+    fleet.ok(&["stop", "n"]);
+    let layers = fleet.host_data("b").join("instances").join(fleet.info("n")["id"].as_str().unwrap()).join("layers");
+    for layer in
+        std::fs::read_dir(layers).unwrap().flatten().filter(|e| e.path().extension().is_some_and(|e| e == "map"))
+    {
+        std::fs::write(layer.path(), "no map").unwrap();
+    }
+    let refused = fleet.fails(&["export", "n", &path("damaged.raw")]);
+    assert!(refused.contains("cannot be opened") && refused.contains("its map is cut short"), "{refused}");
+    assert!(!fleet.file("damaged.raw").exists());
 }

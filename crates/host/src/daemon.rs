@@ -1,7 +1,7 @@
 //! The daemon itself: orders come in, reports go out, the cache is kept within its budget.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json};
 use crate::instance::{Command, Instance, record_path};
 use crate::record::Record;
-use crate::tunnel::{self, Console, Place};
+use crate::tunnel::{self, Place};
 
 /// A report goes out at least this often, so that the plane knows that the host is there.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -89,9 +89,7 @@ struct Daemon {
 }
 
 struct Known {
-    inbox: mpsc::Sender<Command>,
-    run_dir: PathBuf,
-    console: Arc<Console>,
+    place: Place,
     spec: Option<Spec>,
     told: HashSet<OperationId>,
 }
@@ -125,8 +123,8 @@ impl Daemon {
             self.next_user = self.next_user.max(index + 1);
             instance.note_images();
             tokio::spawn(instance.run());
-            let (spec, told, console) = (None, HashSet::new(), Arc::default());
-            self.instances.insert(id.clone(), Known { inbox, run_dir, console, spec, told });
+            let place = Place { inbox, run_dir, console: Arc::default() };
+            self.instances.insert(id.clone(), Known { place, spec: None, told: HashSet::new() });
         }
         Ok(())
     }
@@ -157,7 +155,7 @@ impl Daemon {
     async fn take_orders(&mut self, orders: HostOrders) {
         for spec in orders.specs {
             let id = spec.id.clone();
-            if self.instances.get(&id).is_some_and(|known| known.inbox.is_closed()) {
+            if self.instances.get(&id).is_some_and(|known| known.place.inbox.is_closed()) {
                 // Deleted here; the plane will notice.
                 continue;
             }
@@ -170,13 +168,13 @@ impl Daemon {
             let Some(known) = self.instances.get_mut(&id) else { continue };
             if known.spec.as_ref() != Some(&spec) {
                 known.spec = Some(spec.clone());
-                let _ = known.inbox.send(Command::Spec(Box::new(spec))).await;
+                let _ = known.place.inbox.send(Command::Spec(Box::new(spec))).await;
             }
         }
         for operation in orders.operations {
             let Some(known) = self.instances.get_mut(&operation.instance) else { continue };
             if known.told.insert(operation.id.clone()) {
-                let _ = known.inbox.send(Command::Operate(operation)).await;
+                let _ = known.place.inbox.send(Command::Operate(operation)).await;
             }
         }
         let listed: HashSet<_> = orders.tunnels.iter().map(|order| order.id.clone()).collect();
@@ -185,12 +183,7 @@ impl Daemon {
             if let Some(known) = self.instances.get(&order.instance)
                 && self.tunnels.insert(order.id.clone())
             {
-                let place = Place {
-                    inbox: known.inbox.clone(),
-                    run_dir: known.run_dir.clone(),
-                    console: known.console.clone(),
-                };
-                tokio::spawn(tunnel::open(self.client.clone(), place, order));
+                tokio::spawn(tunnel::open(self.client.clone(), known.place.clone(), order));
             }
         }
     }

@@ -18,7 +18,7 @@ impl Instance {
     /// The end of the guest's serial console.
     pub(crate) fn logs(&self, lines: u32) -> Result<serde_json::Value, String> {
         let path = self.run_dir.join("q/serial.log");
-        let text = read_end(&path, MAX_LOG_BYTES).map_err(|e| format!("cannot read the console's log: {e}"))?;
+        let (text, _) = read_end(&path, MAX_LOG_BYTES).map_err(|e| format!("cannot read the console's log: {e}"))?;
         let text = String::from_utf8_lossy(&text);
         let all: Vec<&str> = text.lines().collect();
         let shown = &all[all.len().saturating_sub(lines as usize)..];
@@ -114,15 +114,16 @@ impl Instance {
     }
 }
 
-/// The last bytes of a file; nothing if there is no such file yet.
-pub(crate) fn read_end(path: &Path, most: u64) -> std::io::Result<Vec<u8>> {
+/// The last bytes of a file, and the offset after them; nothing if there is no such file yet.
+pub(crate) fn read_end(path: &Path, most: u64) -> std::io::Result<(Vec<u8>, u64)> {
     let mut file = match std::fs::File::open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
         opened => opened?,
     };
-    let length = file.metadata()?.len();
-    file.seek(std::io::SeekFrom::Start(length.saturating_sub(most)))?;
+    let start = file.metadata()?.len().saturating_sub(most);
+    file.seek(std::io::SeekFrom::Start(start))?;
     let mut bytes = Vec::new();
     file.take(most).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    let end = start + bytes.len() as u64;
+    Ok((bytes, end))
 }

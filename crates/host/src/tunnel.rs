@@ -10,7 +10,7 @@ use collective_model::{Name, State, Timestamp, TunnelId};
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{sleep, timeout};
 
 use crate::context::lock;
@@ -23,14 +23,19 @@ use crate::report::read_end;
 const CONSOLE_PAST: u64 = 2048;
 /// How far back a log is searched for lines, in bytes.
 const LOG_PAST: u64 = 256 << 10;
+/// How much of a log is read for its last line, in bytes.
+const LAST_WORDS: u64 = 2048;
 /// How often a growing log is looked at.
 const LOG_PAUSE: Duration = Duration::from_millis(200);
 /// A user who takes nothing for this long has gone, and the instance is needed.
 const STALLED: Duration = Duration::from_secs(60);
 
-/// What a tunnel needs to know of an instance.
+/// How an instance is reached.
+#[derive(Clone)]
 pub(crate) struct Place {
+    /// Of the task that alone changes its record.
     pub inbox: mpsc::Sender<Command>,
+    /// Where its runner and QEMU listen.
     pub run_dir: PathBuf,
     pub console: Arc<Console>,
 }
@@ -40,18 +45,22 @@ pub(crate) struct Place {
 pub(crate) struct Console(Mutex<Option<AbortHandle>>);
 
 impl Console {
-    /// Sits down; throws out who is there, if asked to.
-    fn take(&self, us: AbortHandle, force: bool) -> Result<(), String> {
+    /// Begins to serve somebody; throws out who is there, if asked to, and else begins nothing.
+    fn sit<T: Send + 'static>(
+        &self,
+        force: bool,
+        serve: impl Future<Output = T> + Send + 'static,
+    ) -> Result<JoinHandle<T>, String> {
         let mut seat = lock(&self.0);
-        if let Some(other) = seat.take().filter(|other| !other.is_finished()) {
+        if let Some(other) = seat.as_ref().filter(|other| !other.is_finished()) {
             if !force {
-                *seat = Some(other);
                 return Err("somebody is at this console already; take it over with --force".into());
             }
             other.abort();
         }
-        *seat = Some(us);
-        Ok(())
+        let task = tokio::spawn(serve);
+        *seat = Some(task.abort_handle());
+        Ok(task)
     }
 }
 
@@ -89,16 +98,10 @@ pub(crate) async fn open(client: Arc<Client>, place: Place, order: TunnelOrder) 
     let served = match order.target {
         TunnelTarget::Port { port } => serve_port(&place.run_dir, port, &dial).await,
         TunnelTarget::Console { force } => {
-            let task = tokio::spawn({
-                let (run_dir, dial) = (place.run_dir.clone(), dial.clone());
-                async move { serve_console(&run_dir, &dial).await }
-            });
-            match place.console.take(task.abort_handle(), force) {
-                Ok(()) => task.await.unwrap_or(Ok(())),
-                Err(why) => {
-                    task.abort();
-                    Err(why)
-                }
+            match place.console.sit(force, serve_console(place.run_dir.clone(), dial.clone())) {
+                // An error of the task itself is that it was thrown out.
+                Ok(task) => task.await.unwrap_or(Ok(())),
+                Err(why) => Err(why),
             }
         }
         TunnelTarget::Log { lines } => serve_log(&place.run_dir, lines, &dial).await,
@@ -141,10 +144,10 @@ async fn serve_port(run_dir: &Path, port: u16, dial: &Dial) -> Result<(), String
     Ok(())
 }
 
-async fn serve_console(run_dir: &Path, dial: &Dial) -> Result<(), String> {
+async fn serve_console(run_dir: PathBuf, dial: Dial) -> Result<(), String> {
     let guest = UnixStream::connect(run_dir.join("q/serial.sock")).await;
     let mut guest = guest.map_err(|_| "it does not run; start it first".to_owned())?;
-    let past = read_end(&run_dir.join("q/serial.log"), CONSOLE_PAST).unwrap_or_default();
+    let (past, _) = read_end(&run_dir.join("q/serial.log"), CONSOLE_PAST).unwrap_or_default();
     let mut user = dial.connect().await.map_err(no_plane)?;
     ended(user.write_all(&past).await);
     ended(copy_bidirectional(&mut user, &mut guest).await);
@@ -153,8 +156,7 @@ async fn serve_console(run_dir: &Path, dial: &Dial) -> Result<(), String> {
 
 async fn serve_log(run_dir: &Path, lines: u32, dial: &Dial) -> Result<(), String> {
     let path = run_dir.join("q/serial.log");
-    let past = read_end(&path, LOG_PAST).map_err(|e| format!("cannot read the console's log: {e}"))?;
-    let mut at = tokio::fs::metadata(&path).await.map_or(0, |meta| meta.len());
+    let (past, mut at) = read_end(&path, LOG_PAST).map_err(|e| format!("cannot read the console's log: {e}"))?;
     let from = past.iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n').nth(lines as usize);
     let mut user = dial.connect().await.map_err(no_plane)?;
     let mut part = past[from.map_or(0, |(index, _)| index + 1)..].to_vec();
@@ -205,7 +207,11 @@ impl Instance {
         // The first bytes prove that the disk can be opened.
         let mut length = content.read(&mut buffer).await.map_err(|e| e.to_string())?;
         if length == 0 {
-            return Err("its disk cannot be read; the runner's log on its host says why".into());
+            // The sender has ended, and its last words are in the log.
+            let (log, _) = read_end(&self.run_dir.join("runner.log"), LAST_WORDS).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let said = log.lines().last().unwrap_or("no reason is known");
+            return Err(said.trim_start_matches("collective: ").to_owned());
         }
         let mut user = tunnel.connect().await.map_err(no_plane)?;
         while length > 0 {
@@ -224,18 +230,23 @@ impl Instance {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     #[tokio::test]
     async fn a_console_is_for_one() {
         let console = Console::default();
-        let sit = || tokio::spawn(std::future::pending::<()>());
-        let (first, second) = (sit(), sit());
-        console.take(first.abort_handle(), false).unwrap();
-        assert!(console.take(second.abort_handle(), false).unwrap_err().contains("--force"));
-        console.take(second.abort_handle(), true).unwrap();
+        let first = console.sit(false, std::future::pending::<()>()).unwrap();
+        let begun = Arc::new(AtomicBool::new(false));
+        let refused = console.sit(false, {
+            let begun = begun.clone();
+            async move { begun.store(true, Ordering::Relaxed) }
+        });
+        assert!(refused.unwrap_err().contains("--force"));
+        let second = console.sit(true, std::future::pending::<()>()).unwrap();
         assert!(first.await.unwrap_err().is_cancelled());
+        assert!(!begun.load(Ordering::Relaxed), "who is refused reaches nothing");
         second.abort();
         let _ = second.await;
-        console.take(sit().abort_handle(), false).unwrap();
+        console.sit(false, async {}).unwrap().await.unwrap();
     }
 }
