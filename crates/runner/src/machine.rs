@@ -22,6 +22,8 @@ use crate::{Layout, OpenSource, probe, serve};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
+/// How often the log of the serial line is looked at. A guest under emulation wrote 0.4 MB a second to it.
+const TIDY_EVERY: Duration = Duration::from_secs(10);
 /// Some guests miss the first press of the power button while they boot.
 const PRESS_AGAIN: Duration = Duration::from_secs(5);
 /// Where Debian and Ubuntu keep the UEFI code.
@@ -262,12 +264,16 @@ impl Running {
         let mut press: Option<Instant> = None;
         let mut retry: Option<Instant> = None;
         let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
+        let mut tidy = tokio::time::interval(TIDY_EVERY);
         let never = || Instant::now() + Duration::from_secs(86_400);
         let exit = vm.wait();
         tokio::pin!(exit);
         let exit = loop {
             tokio::select! {
                 exit = &mut exit => break exit,
+                _ = tidy.tick() => if let Err(error) = vm.trim_serial_log() {
+                    tracing::warn!(%error, "the log of the serial line cannot be kept short");
+                },
                 Some(event) = events.recv() => retry = note(shared, event, retry),
                 Some(order) = inbox.recv() => {
                     match order {

@@ -22,6 +22,8 @@ const SCREEN: &str = "screen.png";
 const SOCKET_NAME_ROOM: usize = 108;
 /// A log of QEMU longer than this is started anew.
 const LOG_LIMIT: u64 = 1 << 20;
+/// What a guest writes to its serial line is begun anew when it is longer than this.
+const SERIAL_LIMIT: u64 = 16 << 20;
 const TAIL: u64 = 4096;
 /// A picture of the largest screen is far below.
 const SCREEN_LIMIT: u64 = 256 << 20;
@@ -128,6 +130,21 @@ impl RunDir {
         }
     }
 
+    /// Begins the log of the serial line anew if it is too long: a guest must not fill the host's disk with words. QEMU
+    /// appends, so it goes on at the new end.
+    pub(crate) fn trim_serial_log(&self) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let log = match openat(&self.directory, SERIAL_LOG, flags, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            opened => File::from(opened?),
+        };
+        let metadata = log.metadata()?;
+        if !metadata.is_file() || metadata.nlink() != 1 {
+            return Err(io::Error::other(format!("{SERIAL_LOG} is not a plain file")));
+        }
+        if metadata.len() > SERIAL_LIMIT { log.set_len(0) } else { Ok(()) }
+    }
+
     /// Takes the picture that QEMU wrote out of the directory.
     pub(crate) fn take_screen(&self, target: &Path) -> io::Result<()> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -178,6 +195,31 @@ mod tests {
         second.log().unwrap().write_all(b"new words\n").unwrap();
         assert_eq!(second.log_tail(), "new words");
         assert_eq!(std::fs::read_to_string(path.join("qemu.log")).unwrap(), "old words\nnew words\n");
+    }
+
+    #[test]
+    fn the_serial_log_does_not_grow_without_end() {
+        let temp = tempfile::tempdir().unwrap();
+        let run = RunDir::prepare(&temp.path().join("run"), None).unwrap();
+        run.trim_serial_log().unwrap();
+        let mut guest = File::options().create(true).append(true).open(run.serial_log()).unwrap();
+        guest.write_all(b"kept").unwrap();
+        run.trim_serial_log().unwrap();
+        assert_eq!(std::fs::read(run.serial_log()).unwrap(), b"kept");
+        guest.set_len(SERIAL_LIMIT).unwrap();
+        guest.write_all(b"too much").unwrap();
+        run.trim_serial_log().unwrap();
+        guest.write_all(b"new").unwrap();
+        assert_eq!(std::fs::read(run.serial_log()).unwrap(), b"new");
+        let precious = temp.path().join("precious");
+        File::create(&precious).unwrap().set_len(SERIAL_LIMIT + 1).unwrap();
+        std::fs::remove_file(run.serial_log()).unwrap();
+        symlink(&precious, run.serial_log()).unwrap();
+        assert!(run.trim_serial_log().is_err());
+        std::fs::remove_file(run.serial_log()).unwrap();
+        std::fs::hard_link(&precious, run.serial_log()).unwrap();
+        assert!(run.trim_serial_log().is_err());
+        assert_eq!(std::fs::metadata(precious).unwrap().len(), SERIAL_LIMIT + 1);
     }
 
     #[test]

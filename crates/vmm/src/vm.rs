@@ -257,6 +257,11 @@ impl Vm {
         self.run_dir.take_screen(path).map_err(|source| VmError::Screen { path: path.to_owned(), source })
     }
 
+    /// Begins the log of the serial line anew if it is longer than 16 MiB; to be called now and then.
+    pub fn trim_serial_log(&self) -> std::io::Result<()> {
+        self.run_dir.trim_serial_log()
+    }
+
     /// Returns when QEMU has ended, and says why.
     pub async fn wait(&self) -> Exit {
         let exit = self.process.exited().await;
