@@ -392,6 +392,9 @@ pub struct Plan {
     pub bytes_to_fetch: u64,
     /// How many frames that are.
     pub frames_to_fetch: u64,
+    /// Bytes of index pages and directories that were fetched for this plan; they are kept.
+    #[serde(default)]
+    pub index_bytes: u64,
     /// Bytes of the new version's system disks that are not zeros.
     pub bytes_total: u64,
     /// Bytes of the system disks' own writes that the update leaves behind.

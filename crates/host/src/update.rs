@@ -86,6 +86,7 @@ impl Instance {
             to_digest: to,
             bytes_to_fetch: needs.lack.bytes,
             frames_to_fetch: needs.lack.frames,
+            index_bytes: needs.frames.counters.index_fetched.load(Ordering::Relaxed),
             bytes_total: needs.system_bytes,
             own_system_bytes_left_behind: if changes { left.sum() } else { 0 },
             restart_required: changes,

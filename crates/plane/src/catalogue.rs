@@ -74,7 +74,7 @@ impl Plane {
     async fn complete(&self, manifest: &Manifest, digest: &Digest, packs: &[Digest]) -> Answer<Vec<PackInfo>> {
         let mut infos = Vec::new();
         for pack in packs {
-            infos.push(PackInfo { digest: *pack, size: self.depot().pack_size(&manifest.appliance, pack).await? });
+            infos.push(self.depot().pack_info(&manifest.appliance, pack).await?);
         }
         let broken = |what: String| {
             Failure::invalid(format!("version {} of {} is not complete: {what}", manifest.version, manifest.appliance))

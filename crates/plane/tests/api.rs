@@ -11,7 +11,7 @@ use collective_keys::{ChannelPointer, KeyChange, Kind, Signed, SigningKey};
 use collective_model::{Digest, Generation, InstanceId, Manifest, Observed, Timestamp};
 use collective_plane::{Listening, Plane, PlaneConfig, serve};
 use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackSink, Publisher};
+use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 struct Site {
@@ -80,7 +80,7 @@ impl Site {
 struct Collected(Vec<Pack>);
 
 impl PackSink for Collected {
-    fn put(&mut self, pack: Pack) -> std::io::Result<()> {
+    fn put(&mut self, pack: Pack, _: PackHashes) -> std::io::Result<()> {
         self.0.push(pack);
         Ok(())
     }

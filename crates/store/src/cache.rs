@@ -95,6 +95,14 @@ impl Cache {
         write_whole(&path, &[&header, stored])
     }
 
+    /// Removes a frame, if it is here.
+    pub fn remove(&self, digest: &Digest) -> io::Result<()> {
+        match std::fs::remove_file(self.frame_path(digest)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits until everything in the cache's file system is durable.
     pub fn sync(&self) -> io::Result<()> {
         let folder = std::fs::File::open(&self.root)?;

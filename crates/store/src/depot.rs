@@ -12,6 +12,7 @@ use collective_model::{ApplianceName, Digest};
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
+use crate::PackInfo;
 use crate::pack::{self, PackError};
 
 /// The persistent store behind a plane.
@@ -82,7 +83,7 @@ impl Depot {
         Key::from(format!("packs/{}/{}/{pack}", appliance.publisher, appliance.name))
     }
 
-    /// Takes a pack after checking every frame in it. A pack that is there already stays as it is.
+    /// Takes a pack after checking every frame in it that stands for itself. A pack that is there already stays as it is.
     pub async fn put_pack(&self, appliance: &ApplianceName, pack: Digest, bytes: Bytes) -> Result<(), DepotError> {
         let checked = bytes.clone();
         let check = tokio::task::spawn_blocking(move || {
@@ -107,6 +108,15 @@ impl Depot {
             Err(object_store::Error::NotFound { .. }) => Err(DepotError::Missing(*pack)),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// A pack as lists name it.
+    pub async fn pack_info(&self, appliance: &ApplianceName, digest: &Digest) -> Result<PackInfo, DepotError> {
+        let size = self.pack_size(appliance, digest).await?;
+        let unsound = |source| DepotError::Unsound { pack: *digest, source };
+        let trailer = self.read(appliance, digest, size.saturating_sub(pack::TRAILER)..size).await?;
+        let directory = pack::directory_range(&trailer, size).map_err(unsound)?;
+        Ok(PackInfo { digest: *digest, size, directory: size - directory.start })
     }
 
     /// Some bytes of a pack.

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use collective_model::{ApplianceName, Digest};
 use futures_util::stream::{StreamExt, TryStreamExt};
+use rayon::prelude::*;
 
 use crate::cache::Cache;
-use crate::pack::{self, Entry, EntryKind, PackError, TRAILER};
+use crate::locate::{Forms, Group, Piece, group};
+use crate::pack::{self, Directory, EntryKind, PackError, TRAILER};
 use crate::page::PageError;
-use crate::{FrameError, PackInfo, Source, SourceError, decode};
+use crate::{Encoding, FrameError, PackInfo, Source, SourceError, decode, decode_delta, encode};
 
 /// Frames kept decoded in memory (8 MiB).
 const RECENT: usize = 64;
@@ -22,8 +24,6 @@ const RECENT: usize = 64;
 const REQUEST_BYTES: u64 = 4 << 20;
 /// Requests under way at once.
 const REQUESTS: usize = 4;
-/// The end of a pack that is read first, in the hope that its directory is in it.
-const TAIL_BYTES: u64 = 64 << 10;
 
 /// Why a frame is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -108,19 +108,25 @@ pub struct Lack {
     pub bytes: u64,
 }
 
-#[derive(Clone, Copy)]
-struct Location {
-    pack: u32,
-    entry: Entry,
+/// What [`FrameStore::check`] looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Checked {
+    /// Stored bytes fetched.
+    pub bytes: u64,
+    /// Frames and pages in a form that stands for itself.
+    pub frames: u64,
+    /// Forms as differences.
+    pub deltas: u64,
+    /// Differences to frames that no pack of the version has; they could not be looked at.
+    pub deltas_without_bases: u64,
 }
 
 #[derive(Default)]
 struct Locator {
     versions: Vec<(ApplianceName, Digest)>,
+    /// How many of them were looked into.
     loaded: usize,
-    packs: Vec<(ApplianceName, Digest)>,
-    known_packs: HashSet<Digest>,
-    frames: HashMap<Digest, Location>,
+    forms: Forms,
 }
 
 /// Frames of some versions, wherever they are.
@@ -232,6 +238,23 @@ impl FrameStore {
         }
     }
 
+    /// The content of frames or pages, in their order, after fetching what is not here in few requests.
+    pub async fn read_all(&self, digests: &[Digest]) -> Result<Vec<Vec<u8>>, FetchError> {
+        self.prefetch(digests, &|_| {}).await?;
+        let (cache, wanted) = (self.cache.clone(), digests.to_vec());
+        let read = move || wanted.par_iter().map(|digest| cache.get(digest)).collect::<std::io::Result<Vec<_>>>();
+        let cached = tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other)??;
+        let mut contents = Vec::new();
+        for (digest, cached) in digests.iter().zip(cached) {
+            contents.push(match cached {
+                Some(cached) => cached.content,
+                // It was damaged, or another process removed it.
+                None => self.fetch_one(digest, None).await?,
+            });
+        }
+        Ok(contents)
+    }
+
     /// An index page.
     pub async fn page(&self, digest: &Digest) -> Result<Vec<u8>, FetchError> {
         match self.cache.get(digest)? {
@@ -241,14 +264,16 @@ impl FrameStore {
     }
 
     async fn fetch_one(&self, digest: &Digest, length: Option<u32>) -> Result<Vec<u8>, FetchError> {
-        let (appliance, pack, entry) = self.locate(digest).await?.ok_or(FetchError::Nowhere(*digest))?;
-        if let Some(length) = length.filter(|length| *length != entry.length) {
-            let source = FrameError::Length { expected: length as usize, got: entry.length as usize };
-            return Err(FetchError::Damaged { frame: *digest, pack, source });
-        }
-        let stored = self.source.read(&appliance, &pack, entry.range()).await;
-        let stored = stored.map_err(|source| FetchError::Source { frame: *digest, source })?;
-        let (content, kept) = self.accept(&pack, &entry, &stored)?;
+        let [piece] =
+            self.choose(std::slice::from_ref(digest)).await?.try_into().map_err(|_| FetchError::Nowhere(*digest))?;
+        let fetched = match self.fetch_piece(&piece, length).await {
+            Err(error) if !piece.bases.is_empty() && !error.is_away() => {
+                pass_over(&piece, &error);
+                self.fetch_piece(&self.plain(digest).await?, length).await
+            }
+            fetched => fetched,
+        };
+        let Accepted { content, kept } = fetched?;
         if let Err(error) = kept {
             // A full disk must not stop the guest: the frame is right, it is only not kept.
             tracing::warn!(frame = %digest, %error, "a fetched frame cannot be kept in the cache");
@@ -256,167 +281,262 @@ impl FrameStore {
         Ok(content)
     }
 
-    /// Verifies and keeps what came; the second part says whether it could be kept.
-    fn accept(
-        &self,
-        pack: &Digest,
-        entry: &Entry,
-        stored: &[u8],
-    ) -> Result<(Vec<u8>, std::io::Result<()>), FetchError> {
-        let content = decode(&entry.digest, entry.encoding, stored, entry.length as usize)
-            .map_err(|source| FetchError::Damaged { frame: entry.digest, pack: *pack, source })?;
-        let counter = match entry.kind {
+    async fn fetch_piece(&self, piece: &Piece, length: Option<u32>) -> Result<Accepted, FetchError> {
+        let Piece { appliance, pack, entry, .. } = piece;
+        if let Some(length) = length.filter(|length| *length != entry.length) {
+            let source = FrameError::Length { expected: length as usize, got: entry.length as usize };
+            return Err(FetchError::Damaged { frame: entry.digest, pack: *pack, source });
+        }
+        let stored = self.source.read(appliance, pack, entry.range()).await;
+        let stored = stored.map_err(|source| FetchError::Source { frame: entry.digest, source })?;
+        let accepted = accept(&self.cache, piece, &stored)?;
+        self.count(piece);
+        Ok(accepted)
+    }
+
+    fn count(&self, piece: &Piece) {
+        let counter = match piece.entry.kind {
             EntryKind::Data => &self.counters.fetched,
             EntryKind::Page => &self.counters.index_fetched,
         };
-        counter.fetch_add(stored.len() as u64, Ordering::Relaxed);
-        lock(&self.counted).insert(entry.digest);
-        let kept = self.cache.put(&entry.digest, entry.encoding, stored, entry.length);
-        Ok((content, kept))
+        counter.fetch_add(piece.entry.stored.into(), Ordering::Relaxed);
+        lock(&self.counted).insert(piece.entry.digest);
     }
 
-    /// What the host lacks of `digests`.
+    /// What the host lacks of `digests`, in the forms that [`prefetch`](Self::prefetch) would fetch.
     pub async fn lack(&self, digests: &[Digest]) -> Result<Lack, FetchError> {
-        let mut lack = Lack::default();
-        for (_, _, entry) in self.locate_missing(digests).await? {
-            lack.frames += 1;
-            lack.bytes += u64::from(entry.stored);
-        }
-        Ok(lack)
+        let pieces = self.choose(digests).await?;
+        let bytes = pieces.iter().map(|piece| u64::from(piece.entry.stored)).sum();
+        Ok(Lack { frames: pieces.len() as u64, bytes })
     }
 
-    /// Checks that packs hold all of `digests`, in the cache or not.
+    /// Fetches every form of `digests` and of what these differ from, whatever is in the cache, and verifies it all.
+    pub async fn check(&self, digests: &[Digest], progress: &(dyn Fn(u64) + Sync)) -> Result<Checked, FetchError> {
+        self.locate_all(digests).await?;
+        let (mut plain, mut deltas) = (Vec::new(), Vec::new());
+        {
+            let locator = self.locator.lock().await;
+            let mut seen = HashSet::new();
+            for digest in digests.iter().filter(|digest| seen.insert(**digest)) {
+                plain.extend(locator.forms.plain(digest));
+                deltas.extend(locator.forms.deltas(digest));
+            }
+            let bases: Vec<Digest> = deltas.iter().flat_map(|piece| piece.bases.iter().copied()).collect();
+            plain.extend(bases.iter().filter(|base| seen.insert(**base)).filter_map(|base| locator.forms.plain(base)));
+        }
+        let (frames, found) = (plain.len() as u64, deltas.len() as u64);
+        let mut moved = self.fetch_sound(plain, progress).await?;
+        deltas.retain(|piece| piece.bases.iter().all(|base| self.cache.has(base)));
+        let checked = deltas.len() as u64;
+        moved += self.fetch_sound(deltas, progress).await?;
+        Ok(Checked { bytes: moved, frames, deltas: checked, deltas_without_bases: found - checked })
+    }
+
+    async fn fetch_sound(&self, pieces: Vec<Piece>, progress: &(dyn Fn(u64) + Sync)) -> Result<u64, FetchError> {
+        let (moved, failed) = self.fetch_all(pieces, progress).await?;
+        failed.into_iter().next().map_or(Ok(moved), |(_, error)| Err(error))
+    }
+
+    /// Checks that packs hold all of `digests` in a form that stands for itself, in the cache or not.
     pub async fn locate_all(&self, digests: &[Digest]) -> Result<(), FetchError> {
+        let mut locator = self.locator.lock().await;
         for digest in digests {
-            self.locate(digest).await?.ok_or(FetchError::Nowhere(*digest))?;
+            self.locate(&mut locator, digest).await?;
         }
         Ok(())
     }
 
-    async fn locate_missing(&self, digests: &[Digest]) -> Result<Vec<(ApplianceName, Digest, Entry)>, FetchError> {
-        let mut missing = Vec::new();
-        for digest in digests.iter().filter(|digest| !self.cache.has(digest)) {
-            missing.push(self.locate(digest).await?.ok_or(FetchError::Nowhere(*digest))?);
+    /// The cheapest piece for each of `digests` that is not in the cache.
+    async fn choose(&self, digests: &[Digest]) -> Result<Vec<Piece>, FetchError> {
+        let missing: Vec<Digest> = digests.iter().filter(|digest| !self.cache.has(digest)).copied().collect();
+        let mut locator = self.locator.lock().await;
+        // All directories first: the choice must not depend on which were read before.
+        for digest in &missing {
+            self.locate(&mut locator, digest).await?;
         }
-        Ok(missing)
+        locator.forms.cheapest(&missing, |base| self.cache.has(base)).map_err(FetchError::Nowhere)
+    }
+
+    async fn plain(&self, digest: &Digest) -> Result<Piece, FetchError> {
+        self.locate(&mut *self.locator.lock().await, digest).await
     }
 
     /// Fetches those of `digests` that are not in the cache, in few requests, and keeps them there. Tells `progress`
     /// of stored bytes as they come. Returns how many came.
     pub async fn prefetch(&self, digests: &[Digest], progress: &(dyn Fn(u64) + Sync)) -> Result<u64, FetchError> {
-        let mut missing = self.locate_missing(digests).await?;
-        missing.sort_by_key(|(_, pack, entry)| (*pack, entry.offset));
-        let requests = futures_util::stream::iter(group(missing));
-        let fetched = requests.map(|request| self.fetch_group(request, progress)).buffer_unordered(REQUESTS);
-        fetched.try_fold(0, |sum, bytes| async move { Ok(sum + bytes) }).await
-    }
-
-    async fn fetch_group(&self, group: Group, progress: &(dyn Fn(u64) + Sync)) -> Result<u64, FetchError> {
-        let Group { appliance, pack, entries } = group;
-        let start = entries[0].offset;
-        let end = entries[entries.len() - 1].range().end;
-        let bytes = self.source.read(&appliance, &pack, start..end).await;
-        let bytes = bytes.map_err(|source| FetchError::Source { frame: entries[0].digest, source })?;
-        for entry in &entries {
-            let stored = &bytes[(entry.offset - start) as usize..(entry.range().end - start) as usize];
-            let (_, kept) = self.accept(&pack, entry, stored)?;
-            kept?;
-            progress(stored.len() as u64);
+        let mut pieces = self.choose(digests).await?;
+        let differences = pieces.split_off(pieces.partition_point(|piece| piece.bases.is_empty()));
+        let mut moved = 0;
+        let mut passed_over = Vec::new();
+        for pieces in [pieces, differences] {
+            let (bytes, failed) = self.fetch_all(pieces, progress).await?;
+            moved += bytes;
+            passed_over.extend(failed);
         }
-        Ok(end - start)
+        let mut again = Vec::new();
+        for (piece, error) in passed_over {
+            if piece.bases.is_empty() {
+                return Err(error);
+            }
+            pass_over(&piece, &error);
+            again.push(self.plain(&piece.entry.digest).await?);
+        }
+        Ok(moved + self.fetch_sound(again, progress).await?)
     }
 
-    async fn locate(&self, digest: &Digest) -> Result<Option<(ApplianceName, Digest, Entry)>, FetchError> {
-        let mut locator = self.locator.lock().await;
-        loop {
-            if let Some(location) = locator.frames.get(digest) {
-                let (appliance, pack) = &locator.packs[location.pack as usize];
-                return Ok(Some((appliance.clone(), *pack, location.entry)));
+    /// Fetches pieces; also returns those that the store refused or that are not sound.
+    async fn fetch_all(
+        &self,
+        pieces: Vec<Piece>,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(u64, Vec<(Piece, FetchError)>), FetchError> {
+        let requests = futures_util::stream::iter(group(pieces, REQUEST_BYTES));
+        let fetched = requests.map(|request| self.fetch_group(request, progress)).buffer_unordered(REQUESTS);
+        let sum = |(sum, mut all): (u64, Vec<_>), (bytes, failed)| async move {
+            all.extend(failed);
+            Ok((sum + bytes, all))
+        };
+        fetched.try_fold((0, Vec::new()), sum).await
+    }
+
+    async fn fetch_group(
+        &self,
+        group: Group,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(u64, Vec<(Piece, FetchError)>), FetchError> {
+        let range = group.range();
+        let Some(first) = group.0.first() else { return Ok((0, Vec::new())) };
+        let bytes = match self.source.read(&first.appliance, &first.pack, range.clone()).await {
+            Ok(bytes) => bytes,
+            Err(source @ SourceError::Away(_)) => {
+                return Err(FetchError::Source { frame: first.entry.digest, source });
             }
-            let Some((appliance, version)) = locator.versions.get(locator.loaded).cloned() else { return Ok(None) };
-            for info in self.packs_of(&appliance, &version).await? {
-                if !locator.known_packs.contains(&info.digest) {
-                    let entries = self.directory(&appliance, &info).await?;
-                    let pack = locator.packs.len() as u32;
-                    locator.packs.push((appliance.clone(), info.digest));
-                    locator.known_packs.insert(info.digest);
-                    let located = entries.into_iter().map(|entry| (entry.digest, Location { pack, entry }));
-                    locator.frames.extend(located);
+            Err(source) => {
+                let error = |piece: &Piece| FetchError::Source { frame: piece.entry.digest, source: source.clone() };
+                return Ok((0, group.0.into_iter().map(|piece| (piece.clone(), error(&piece))).collect()));
+            }
+        };
+        let cache = self.cache.clone();
+        let accepted = tokio::task::spawn_blocking(move || {
+            let accept = |piece: Piece| {
+                let at = (piece.entry.offset - range.start) as usize;
+                let accepted = accept(&cache, &piece, &bytes[at..at + piece.entry.stored as usize]);
+                (piece, accepted)
+            };
+            group.0.into_par_iter().map(accept).collect::<Vec<_>>()
+        });
+        let mut moved = 0;
+        let mut failed = Vec::new();
+        for (piece, accepted) in accepted.await.map_err(std::io::Error::other)? {
+            match accepted {
+                Ok(accepted) => {
+                    accepted.kept?;
+                    self.count(&piece);
+                    moved += u64::from(piece.entry.stored);
+                    progress(piece.entry.stored.into());
+                }
+                Err(error) => failed.push((piece, error)),
+            }
+        }
+        Ok((moved, failed))
+    }
+
+    /// The form of a frame that stands for itself; reads directories until there is one.
+    async fn locate(&self, locator: &mut Locator, digest: &Digest) -> Result<Piece, FetchError> {
+        loop {
+            if let Some(piece) = locator.forms.plain(digest) {
+                return Ok(piece);
+            }
+            let Some((appliance, version)) = locator.versions.get(locator.loaded).cloned() else {
+                return Err(FetchError::Nowhere(*digest));
+            };
+            let packs = self.source.packs(&appliance, &version).await;
+            let packs = packs.map_err(|source| FetchError::Packs { appliance: appliance.clone(), version, source })?;
+            for info in packs {
+                if !locator.forms.knows(&info.digest) {
+                    let directory = self.directory(&appliance, &info).await?;
+                    locator.forms.learn(&appliance, info.digest, directory);
                 }
             }
             locator.loaded += 1;
         }
     }
 
-    async fn packs_of(&self, appliance: &ApplianceName, version: &Digest) -> Result<Vec<PackInfo>, FetchError> {
-        self.source.packs(appliance, version).await.map_err(|source| FetchError::Packs {
-            appliance: appliance.clone(),
-            version: *version,
-            source,
-        })
-    }
-
     /// A pack's directory, from the cache or from the pack's end. The cached form is the directory and the trailer.
-    async fn directory(&self, appliance: &ApplianceName, info: &PackInfo) -> Result<Vec<Entry>, FetchError> {
+    async fn directory(&self, appliance: &ApplianceName, info: &PackInfo) -> Result<Directory, FetchError> {
         let refused = |source| FetchError::Pack { pack: info.digest, source };
         let path = self.cache.directory_path(&info.digest);
         if let Ok(tail) = std::fs::read(&path) {
             match parse_tail(&tail, info.size) {
-                Ok(Ok(entries)) => return Ok(entries),
-                _ => std::fs::remove_file(&path)?,
+                Ok(directory) => return Ok(directory),
+                Err(_) => std::fs::remove_file(&path)?,
             }
         }
-        let mut wanted = TAIL_BYTES.min(info.size);
-        loop {
-            let bytes = self.source.read(appliance, &info.digest, info.size - wanted..info.size).await;
-            let tail = bytes.map_err(|source| FetchError::Source { frame: info.digest, source })?;
-            self.counters.index_fetched.fetch_add(tail.len() as u64, Ordering::Relaxed);
-            match parse_tail(&tail, info.size).map_err(refused)? {
-                Ok(entries) => {
-                    let keep = entries.len() as u64 * 52 + TRAILER;
-                    let kept = crate::cache::write_whole(&path, &[&tail[(tail.len() as u64 - keep) as usize..]]);
-                    if let Err(error) = kept {
-                        tracing::warn!(pack = %info.digest, %error, "a pack's directory cannot be kept in the cache");
-                    }
-                    return Ok(entries);
-                }
-                // A well-formed trailer that claims more than a pack can hold was refused before.
-                Err(longer) => wanted = longer,
-            }
+        let mut wanted = info.directory;
+        if !(TRAILER..=info.size).contains(&wanted) {
+            let trailer = self.read_tail(appliance, info, TRAILER).await?;
+            wanted = info.size - pack::directory_range(&trailer, info.size).map_err(refused)?.start;
         }
+        let tail = self.read_tail(appliance, info, wanted).await?;
+        let directory = parse_tail(&tail, info.size).map_err(refused)?;
+        if let Err(error) = crate::cache::write_whole(&path, &[&tail]) {
+            tracing::warn!(pack = %info.digest, %error, "a pack's directory cannot be kept in the cache");
+        }
+        Ok(directory)
+    }
+
+    async fn read_tail(
+        &self,
+        appliance: &ApplianceName,
+        info: &PackInfo,
+        bytes: u64,
+    ) -> Result<bytes::Bytes, FetchError> {
+        let start = info.size.saturating_sub(bytes);
+        let tail = self.source.read(appliance, &info.digest, start..info.size).await;
+        let tail = tail.map_err(|source| FetchError::Source { frame: info.digest, source })?;
+        self.counters.index_fetched.fetch_add(tail.len() as u64, Ordering::Relaxed);
+        Ok(tail)
     }
 }
 
-/// Reads a directory from the last bytes of a pack; `Err(n)` inside: the last n bytes are needed.
-fn parse_tail(tail: &[u8], size: u64) -> Result<Result<Vec<Entry>, u64>, PackError> {
+/// Reads a directory from the last bytes of a pack, which must be exactly directory and trailer.
+fn parse_tail(tail: &[u8], size: u64) -> Result<Directory, PackError> {
     let cut = tail.len().checked_sub(TRAILER as usize).ok_or(PackError::Format("it is cut short"))?;
     let range = pack::directory_range(&tail[cut..], size)?;
-    let needed = size - range.start;
-    let Some(from) = (tail.len() as u64).checked_sub(needed) else { return Ok(Err(needed)) };
-    pack::parse_directory(&tail[from as usize..cut], range.start).map(Ok)
-}
-
-struct Group {
-    appliance: ApplianceName,
-    pack: Digest,
-    entries: Vec<Entry>,
-}
-
-/// Joins neighbours in a pack into requests; gaps are never fetched, so what is counted is what moves.
-fn group(missing: Vec<(ApplianceName, Digest, Entry)>) -> Vec<Group> {
-    let mut groups: Vec<Group> = Vec::new();
-    for (appliance, pack, entry) in missing {
-        if let Some(last) = groups.last_mut() {
-            let (first, end) = (last.entries[0].offset, last.entries[last.entries.len() - 1].range().end);
-            if last.pack == pack && end == entry.offset && entry.range().end - first <= REQUEST_BYTES {
-                last.entries.push(entry);
-                continue;
-            }
-            if last.pack == pack && last.entries.contains(&entry) {
-                continue;
-            }
-        }
-        groups.push(Group { appliance, pack, entries: vec![entry] });
+    if size - range.start != tail.len() as u64 {
+        return Err(PackError::Format("its directory has another length than the version's list of packs says"));
     }
-    groups
+    pack::parse_directory(tail, range.start)
+}
+
+/// A piece whose content is right.
+struct Accepted {
+    content: Vec<u8>,
+    /// Whether it is in the cache now.
+    kept: std::io::Result<()>,
+}
+
+/// Verifies what came, and keeps it in a form that stands for itself.
+fn accept(cache: &Cache, piece: &Piece, stored: &[u8]) -> Result<Accepted, FetchError> {
+    let Piece { pack, entry, bases, .. } = piece;
+    let damaged = |source| FetchError::Damaged { frame: entry.digest, pack: *pack, source };
+    if bases.is_empty() {
+        let content = decode(&entry.digest, entry.encoding, stored, entry.length as usize).map_err(damaged)?;
+        let kept = cache.put(&entry.digest, entry.encoding, stored, entry.length);
+        return Ok(Accepted { content, kept });
+    }
+    let mut together = Vec::new();
+    for base in bases.iter() {
+        let cached = cache.get(base)?.ok_or_else(|| damaged(FrameError::Bases))?;
+        together.extend_from_slice(&cached.content);
+    }
+    let content = decode_delta(&entry.digest, stored, entry.length as usize, &together).map_err(damaged)?;
+    let (encoding, stored): (Encoding, _) = encode(&content);
+    let kept = cache.put(&entry.digest, encoding, &stored, entry.length);
+    Ok(Accepted { content, kept })
+}
+
+fn pass_over(piece: &Piece, error: &FetchError) {
+    let (frame, pack) = (piece.entry.digest, piece.pack);
+    tracing::warn!(%frame, %pack, %error, "a difference cannot be used; the frame is fetched in its plain form");
 }

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 
 use collective_model::Digest;
-use futures_util::future::try_join_all;
 
 use crate::BLOCK;
 use crate::fetch::{FetchError, FrameStore};
@@ -77,8 +76,7 @@ impl ImageMap {
 
     async fn fetch_level(&self, store: &FrameStore, level: &[(u64, Digest)]) -> Result<Vec<Vec<u8>>, FetchError> {
         let digests: Vec<Digest> = level.iter().map(|(_, digest)| *digest).collect();
-        store.prefetch(&digests, &|_| {}).await?;
-        try_join_all(digests.iter().map(|digest| store.page(digest))).await
+        store.read_all(&digests).await
     }
 
     fn add_leaf(&mut self, index: u64, leaf: &Leaf, known: &mut HashMap<(Digest, u16), u32>) {

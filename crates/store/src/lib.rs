@@ -14,13 +14,16 @@ pub mod depot;
 pub mod fetch;
 mod frame;
 pub mod image;
+mod known;
+mod locate;
 pub mod pack;
 pub mod page;
 pub mod publish;
+mod similar;
 mod source;
 pub mod sparse;
 
-pub use frame::{Encoding, FrameError, decode, encode};
+pub use frame::{Encoding, FrameError, decode, decode_delta, encode};
 pub use source::{PackInfo, Source, SourceError};
 
 /// The unit of identity, in bytes.

@@ -1,25 +1,30 @@
 //! Packs: many frames and pages in one immutable object, named by the BLAKE3 of all its bytes.
 //!
 //! ```text
-//! header     "CLPK" u16 version=1 u16 0
+//! header     "CLPK" u16 version=2 u16 0
 //! bodies     stored forms, back to back
-//! directory  count x { digest[32] u8 kind u8 encoding u16 0 u32 stored u32 length u64 offset }   (52 bytes each)
-//! trailer    u64 directory offset, u32 count, "CLPE"
+//! directory  count x { digest[32] u8 kind u8 encoding u8 bases u8 0 u32 stored u32 length u64 offset }   (52 bytes each)
+//!            table x { digest[32] }            frames that deltas of this pack are made against
+//!            for each delta, in order: bases x { u32 index into the table }
+//! trailer    u64 directory offset, u32 count, u32 table, "CLPE"
 //! ```
 //! Integers are little-endian. A reader that knows a pack's size needs the last bytes only.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use collective_model::Digest;
+use rayon::prelude::*;
 
+use crate::similar::MAX_BASES;
 use crate::{BLOCK, Encoding, FRAME_BLOCKS, FrameError, MAX_PAGE_BYTES, decode};
 
-const MAGIC: &[u8; 8] = b"CLPK\x01\0\0\0";
+const MAGIC: &[u8; 8] = b"CLPK\x02\0\0\0";
 const END_MAGIC: &[u8; 4] = b"CLPE";
 const HEADER: u64 = 8;
 const ENTRY: u64 = 52;
 /// The trailer's length in bytes.
-pub const TRAILER: u64 = 16;
+pub const TRAILER: u64 = 20;
 /// No pack is longer than this, in bytes.
 pub const MAX_PACK_BYTES: u64 = 64 << 20;
 /// A pack is closed when its bodies reach this many bytes: small enough to resend, large enough for few requests.
@@ -59,6 +64,24 @@ impl Entry {
     }
 }
 
+/// What a pack holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Directory {
+    /// Frames and pages that stand for themselves.
+    pub entries: Vec<Entry>,
+    /// Frames and pages as differences to others.
+    pub deltas: Vec<Delta>,
+}
+
+/// A frame or page stored as a difference to others, which may be in any pack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delta {
+    /// Its own entry.
+    pub entry: Entry,
+    /// The frames to give to [`decode_delta`](crate::decode_delta), back to back in this order.
+    pub bases: Vec<Digest>,
+}
+
 /// Why a pack is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum PackError {
@@ -86,7 +109,7 @@ pub enum PackError {
 /// A pack being filled.
 pub struct PackBuilder {
     bytes: Vec<u8>,
-    entries: Vec<Entry>,
+    directory: Directory,
 }
 
 /// A finished pack.
@@ -96,21 +119,32 @@ pub struct Pack {
     /// All of it.
     pub bytes: Vec<u8>,
     /// Its directory.
-    pub entries: Vec<Entry>,
+    pub directory: Directory,
 }
 
 impl Default for PackBuilder {
     fn default() -> Self {
-        Self { bytes: MAGIC.to_vec(), entries: Vec::new() }
+        Self { bytes: MAGIC.to_vec(), directory: Directory::default() }
     }
 }
 
 impl PackBuilder {
     /// Appends one frame or page.
     pub fn add(&mut self, kind: EntryKind, digest: Digest, encoding: Encoding, stored: &[u8], length: u32) {
+        let entry = self.append(kind, digest, encoding, stored, length);
+        self.directory.entries.push(entry);
+    }
+
+    /// Appends a frame or page as a difference to others.
+    pub fn add_delta(&mut self, kind: EntryKind, digest: Digest, stored: &[u8], length: u32, bases: Vec<Digest>) {
+        let entry = self.append(kind, digest, Encoding::Delta, stored, length);
+        self.directory.deltas.push(Delta { entry, bases });
+    }
+
+    fn append(&mut self, kind: EntryKind, digest: Digest, encoding: Encoding, stored: &[u8], length: u32) -> Entry {
         let offset = self.bytes.len() as u64;
         self.bytes.extend_from_slice(stored);
-        self.entries.push(Entry { digest, kind, encoding, stored: stored.len() as u32, length, offset });
+        Entry { digest, kind, encoding, stored: stored.len() as u32, length, offset }
     }
 
     /// Bytes so far.
@@ -120,24 +154,40 @@ impl PackBuilder {
 
     /// Whether nothing was added.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.bytes.len() == MAGIC.len()
     }
 
     /// Writes directory and trailer.
     pub fn finish(mut self) -> Pack {
-        let directory = self.bytes.len() as u64;
-        for entry in &self.entries {
-            self.bytes.extend_from_slice(&entry.digest.0);
-            self.bytes.extend_from_slice(&[entry.kind as u8, entry.encoding as u8, 0, 0]);
-            self.bytes.extend_from_slice(&entry.stored.to_le_bytes());
-            self.bytes.extend_from_slice(&entry.length.to_le_bytes());
-            self.bytes.extend_from_slice(&entry.offset.to_le_bytes());
+        let start = self.bytes.len() as u64;
+        let Directory { entries, deltas } = &self.directory;
+        entries.iter().for_each(|entry| write_entry(&mut self.bytes, entry, 0));
+        deltas.iter().for_each(|delta| write_entry(&mut self.bytes, &delta.entry, delta.bases.len() as u8));
+        let mut table: HashMap<Digest, u32> = HashMap::new();
+        let mut references = Vec::new();
+        for base in deltas.iter().flat_map(|delta| &delta.bases) {
+            let next = table.len() as u32;
+            let index = *table.entry(*base).or_insert(next);
+            if index == next {
+                self.bytes.extend_from_slice(&base.0);
+            }
+            references.extend_from_slice(&index.to_le_bytes());
         }
-        self.bytes.extend_from_slice(&directory.to_le_bytes());
-        self.bytes.extend_from_slice(&(self.entries.len() as u32).to_le_bytes());
+        self.bytes.extend_from_slice(&references);
+        self.bytes.extend_from_slice(&start.to_le_bytes());
+        self.bytes.extend_from_slice(&((entries.len() + deltas.len()) as u32).to_le_bytes());
+        self.bytes.extend_from_slice(&(table.len() as u32).to_le_bytes());
         self.bytes.extend_from_slice(END_MAGIC);
-        Pack { digest: Digest::of(&self.bytes), bytes: self.bytes, entries: self.entries }
+        Pack { digest: Digest::of(&self.bytes), bytes: self.bytes, directory: self.directory }
     }
+}
+
+fn write_entry(out: &mut Vec<u8>, entry: &Entry, bases: u8) {
+    out.extend_from_slice(&entry.digest.0);
+    out.extend_from_slice(&[entry.kind as u8, entry.encoding as u8, bases, 0]);
+    out.extend_from_slice(&entry.stored.to_le_bytes());
+    out.extend_from_slice(&entry.length.to_le_bytes());
+    out.extend_from_slice(&entry.offset.to_le_bytes());
 }
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
@@ -146,76 +196,106 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     out
 }
 
-/// Reads a trailer: where the directory of a pack of `size` bytes is.
+/// Reads a trailer: where the directory of a pack of `size` bytes is, without the trailer.
 pub fn directory_range(trailer: &[u8], size: u64) -> Result<Range<u64>, PackError> {
-    if trailer.len() as u64 != TRAILER || &trailer[12..] != END_MAGIC {
+    if trailer.len() as u64 != TRAILER || &trailer[16..] != END_MAGIC {
         return Err(PackError::Format("its end is missing"));
     }
     let start = u64::from_le_bytes(array(trailer, 0));
-    let length = u64::from(u32::from_le_bytes(array(trailer, 8))) * ENTRY;
-    if size > MAX_PACK_BYTES || start < HEADER || start.checked_add(length + TRAILER) != Some(size) {
+    let counts = [u32::from_le_bytes(array(trailer, 8)), u32::from_le_bytes(array(trailer, 12))];
+    let least = u64::from(counts[0]) * ENTRY + u64::from(counts[1]) * 32;
+    let end = size.checked_sub(TRAILER).ok_or(PackError::Format("it is cut short"))?;
+    if size > MAX_PACK_BYTES || start < HEADER || start.checked_add(least).is_none_or(|least| least > end) {
         return Err(PackError::Format("its directory is not where it should be"));
     }
-    Ok(start..start + length)
+    Ok(start..end)
 }
 
-/// Reads the bytes of the directory that begins at `start`.
-pub fn parse_directory(directory: &[u8], start: u64) -> Result<Vec<Entry>, PackError> {
-    if !(directory.len() as u64).is_multiple_of(ENTRY) {
-        return Err(PackError::Format("its directory is cut short"));
-    }
-    let parse = |(index, raw): (usize, &[u8])| {
-        let wrong = |why| PackError::Entry { index, why };
-        let kind = match raw[32] {
-            0 => EntryKind::Data,
-            1 => EntryKind::Page,
-            _ => return Err(wrong("unknown kind")),
-        };
-        let entry = Entry {
-            digest: Digest(array(raw, 0)),
-            kind,
-            encoding: Encoding::try_from(raw[33]).map_err(|_| wrong("unknown encoding"))?,
-            stored: u32::from_le_bytes(array(raw, 36)),
-            length: u32::from_le_bytes(array(raw, 40)),
-            offset: u64::from_le_bytes(array(raw, 44)),
-        };
-        let end = entry.offset.checked_add(u64::from(entry.stored));
-        if entry.offset < HEADER || end.is_none_or(|end| end > start) {
-            return Err(wrong("it lies outside the pack"));
-        }
-        let fits = match kind {
-            EntryKind::Data => {
-                entry.length > 0
-                    && u64::from(entry.length) <= FRAME_BLOCKS as u64 * BLOCK
-                    && u64::from(entry.length).is_multiple_of(BLOCK)
-            }
-            EntryKind::Page => entry.length > 0 && entry.length as usize <= MAX_PAGE_BYTES,
-        };
-        if !fits || entry.stored > entry.length {
-            return Err(wrong("impossible length"));
-        }
-        Ok(entry)
+/// Reads directory and trailer, the last bytes of a pack; `start` is where the directory begins in it.
+pub fn parse_directory(tail: &[u8], start: u64) -> Result<Directory, PackError> {
+    const SHORT: PackError = PackError::Format("its directory is cut short");
+    let (rest, trailer) = tail.len().checked_sub(TRAILER as usize).map(|at| tail.split_at(at)).ok_or(SHORT)?;
+    let count = u32::from_le_bytes(array(trailer, 8)) as usize;
+    let table = u32::from_le_bytes(array(trailer, 12)) as usize;
+    let (entries, rest) = rest.split_at_checked(count.saturating_mul(ENTRY as usize)).ok_or(SHORT)?;
+    let (table, references) = rest.split_at_checked(table.saturating_mul(32)).ok_or(SHORT)?;
+    let mut references = references.chunks_exact(4).map(|raw| u32::from_le_bytes(array(raw, 0)) as usize);
+    let mut base = || {
+        let from = references.next()?.checked_mul(32)?;
+        table.get(from..from + 32).map(|raw| Digest(array(raw, 0)))
     };
-    directory.chunks_exact(ENTRY as usize).enumerate().map(parse).collect()
+    let mut directory = Directory::default();
+    for (index, raw) in entries.chunks_exact(ENTRY as usize).enumerate() {
+        let wrong = |why| PackError::Entry { index, why };
+        let (entry, count) = parse_entry(raw, start).map_err(wrong)?;
+        if entry.encoding == Encoding::Delta {
+            let bases: Option<Vec<Digest>> = (0..count).map(|_| base()).collect();
+            let bases = bases.ok_or_else(|| wrong("it names a frame that is not in the table"))?;
+            directory.deltas.push(Delta { entry, bases });
+        } else {
+            directory.entries.push(entry);
+        }
+    }
+    if references.next().is_some() || !rest.len().is_multiple_of(4) {
+        return Err(PackError::Format("its directory is longer than it says"));
+    }
+    Ok(directory)
 }
 
-/// Reads a whole pack and checks every frame in it.
-pub fn verify(bytes: &[u8]) -> Result<Vec<Entry>, PackError> {
-    let entries = entries(bytes)?;
-    for entry in &entries {
-        contents(bytes, entry)?;
+fn parse_entry(raw: &[u8], start: u64) -> Result<(Entry, u8), &'static str> {
+    let kind = match raw[32] {
+        0 => EntryKind::Data,
+        1 => EntryKind::Page,
+        _ => return Err("unknown kind"),
+    };
+    let encoding = Encoding::try_from(raw[33]).map_err(|_| "unknown encoding")?;
+    let entry = Entry {
+        digest: Digest(array(raw, 0)),
+        kind,
+        encoding,
+        stored: u32::from_le_bytes(array(raw, 36)),
+        length: u32::from_le_bytes(array(raw, 40)),
+        offset: u64::from_le_bytes(array(raw, 44)),
+    };
+    let end = entry.offset.checked_add(u64::from(entry.stored));
+    if entry.offset < HEADER || end.is_none_or(|end| end > start) {
+        return Err("it lies outside the pack");
     }
-    Ok(entries)
+    let fits = match kind {
+        EntryKind::Data => {
+            entry.length > 0
+                && u64::from(entry.length) <= FRAME_BLOCKS as u64 * BLOCK
+                && u64::from(entry.length).is_multiple_of(BLOCK)
+        }
+        EntryKind::Page => entry.length > 0 && entry.length as usize <= MAX_PAGE_BYTES,
+    };
+    if !fits || entry.stored > entry.length {
+        return Err("impossible length");
+    }
+    let bases = raw[34];
+    let is_delta = encoding == Encoding::Delta;
+    if is_delta != (bases > 0) || usize::from(bases) > MAX_BASES {
+        return Err("impossible number of bases");
+    }
+    Ok((entry, bases))
+}
+
+/// Reads a whole pack and checks every frame in it that stands for itself. Deltas are checked by whoever has their
+/// bases, each time they are used.
+pub fn verify(bytes: &[u8]) -> Result<Directory, PackError> {
+    let directory = directory(bytes)?;
+    directory.entries.par_iter().try_for_each(|entry| contents(bytes, entry).map(drop))?;
+    Ok(directory)
 }
 
 /// Reads the directory of a whole pack.
-pub fn entries(bytes: &[u8]) -> Result<Vec<Entry>, PackError> {
+pub fn directory(bytes: &[u8]) -> Result<Directory, PackError> {
     let size = bytes.len() as u64;
     if size < HEADER + TRAILER || &bytes[..8] != MAGIC {
         return Err(PackError::Format("its beginning is missing or of another version"));
     }
     let range = directory_range(&bytes[bytes.len() - TRAILER as usize..], size)?;
-    parse_directory(&bytes[range.start as usize..range.end as usize], range.start)
+    parse_directory(&bytes[range.start as usize..], range.start)
 }
 
 /// The verified content of an entry of a whole pack.
@@ -237,14 +317,41 @@ mod tests {
             let content = vec![i; 4096 * (i as usize + 1)];
             let (encoding, stored) = crate::encode(&content);
             builder.add(EntryKind::Data, Digest::of(&content), encoding, &stored, content.len() as u32);
+            let bases = (0..=i).map(|base| Digest([base % 3; 32])).collect();
+            builder.add_delta(EntryKind::Data, Digest::of(&content), &[i; 9], content.len() as u32, bases);
         }
         builder.finish()
+    }
+
+    /// `docs/formats/pack.md` shows these bytes.
+    #[test]
+    fn the_documented_example() {
+        let frame = [[b'A'; 4096], [b'B'; 4096]].concat();
+        let leaf = "434c494c 01000000 01000000 03000000 3b1bbe23bad151e0bd40922f6b80a132bd8fde15caea0aee54385d0001a960b5 \
+                    0200 0000010000000000 0200010000000100 0300010000000000";
+        let root =
+            "434c4952 01000100 0040000000000000 50ccf830685e86f9517c653b1d871550ef409c069756ad39fe44ecda27026cb0";
+        let bytes = |hex: &str| -> Vec<u8> {
+            let digits: Vec<u8> = hex.bytes().filter(|digit| *digit != b' ').collect();
+            let value = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+            digits.chunks(2).map(value).collect()
+        };
+        let mut builder = PackBuilder::default();
+        let (encoding, stored) = crate::encode(&frame);
+        builder.add(EntryKind::Data, Digest::of(&frame), encoding, &stored, 8192);
+        for page in [bytes(leaf), bytes(root)] {
+            builder.add(EntryKind::Page, Digest::of(&page), Encoding::Plain, &page, page.len() as u32);
+        }
+        let pack = builder.finish();
+        assert_eq!(pack.bytes.len(), 329);
+        assert_eq!(pack.digest.to_string(), "d0da60c9d7e2ec355324dd63130bd55aeb2295b185309a07bc91d6ba3daab3e3");
     }
 
     #[test]
     fn round_trip() {
         let pack = sample();
-        assert_eq!(verify(&pack.bytes).unwrap(), pack.entries);
+        assert_eq!(verify(&pack.bytes).unwrap(), pack.directory);
+        assert_eq!(pack.directory.deltas.len(), 5);
         assert_eq!(pack.digest, Digest::of(&pack.bytes));
     }
 
@@ -255,8 +362,8 @@ mod tests {
             prop_assert!(verify(&bytes[..cut % bytes.len()]).is_err());
             let at = at % bytes.len();
             bytes[at] = value;
-            if let Ok(entries) = verify(&bytes) {
-                for entry in &entries {
+            if let Ok(directory) = verify(&bytes) {
+                for entry in &directory.entries {
                     prop_assert_eq!(Digest::of(&contents(&bytes, entry).unwrap()), entry.digest);
                 }
             }

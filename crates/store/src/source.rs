@@ -14,6 +14,9 @@ pub struct PackInfo {
     pub digest: Digest,
     /// All of it, in bytes.
     pub size: u64,
+    /// Its directory and trailer, its last bytes; 0 where this is not known.
+    #[serde(default)]
+    pub directory: u64,
 }
 
 /// Why a source does not give what it was asked for.

@@ -12,8 +12,8 @@ use collective_store::cache::Cache;
 use collective_store::depot::Depot;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
-use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::pack::{self, Pack};
+use collective_store::publish::{BaseReader, DiskReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
 use collective_store::{BLOCK, PackInfo, Source, SourceError};
 use futures_util::future::BoxFuture;
 use proptest::prelude::*;
@@ -31,7 +31,9 @@ struct Shelf {
 struct ShelfSink<'a>(&'a Shelf);
 
 impl PackSink for ShelfSink<'_> {
-    fn put(&mut self, pack: Pack) -> io::Result<()> {
+    fn put(&mut self, pack: Pack, hashes: PackHashes) -> io::Result<()> {
+        assert_eq!(PackHashes::of(&pack.bytes).unwrap(), hashes, "as if it were read back");
+        assert_eq!(PackHashes::decode(&hashes.encode()), Some(hashes));
         self.0.packs.lock().unwrap().insert(pack.digest, pack.bytes.into());
         Ok(())
     }
@@ -93,23 +95,43 @@ fn appliance() -> ApplianceName {
     "demo/notes".parse().unwrap()
 }
 
-/// Publishes `disk` as `version`, knowing the packs of `base`.
-fn publish(shelf: &Shelf, disk: &[u8], version: Digest, base: Option<Digest>) -> (Digest, u64) {
-    let mut known = KnownBlocks::default();
-    for info in base.map(|base| shelf.lists.lock().unwrap()[&base].clone()).unwrap_or_default() {
-        let bytes = shelf.packs.lock().unwrap()[&info.digest].clone();
-        let hashes = PackHashes::of(&bytes).unwrap();
-        assert_eq!(PackHashes::decode(&hashes.encode()), Some(hashes.clone()));
-        known.learn(&info.digest, &hashes);
+/// The content of all frames of the shelf.
+struct Contents(HashMap<Digest, Vec<u8>>);
+
+impl BaseReader for Contents {
+    fn read(&self, frames: &[Digest]) -> io::Result<Vec<Vec<u8>>> {
+        Ok(frames.iter().map(|frame| self.0[frame].clone()).collect())
     }
+}
+
+/// Publishes `disk` as `version`, knowing the packs of `base`, to whose frames there may be differences.
+fn publish(shelf: &Shelf, disk: &[u8], version: Digest, base: Option<Digest>) -> (Digest, Summary) {
+    let packs = base.map(|base| shelf.lists.lock().unwrap()[&base].clone()).unwrap_or_default();
+    let packs: Vec<(Digest, Bytes)> =
+        packs.iter().map(|info| (info.digest, shelf.packs.lock().unwrap()[&info.digest].clone())).collect();
+    let mut contents = HashMap::new();
+    for (_, bytes) in &packs {
+        for entry in pack::directory(bytes).unwrap().entries {
+            contents.insert(entry.digest, pack::contents(bytes, &entry).unwrap());
+        }
+    }
+    let mut known = KnownBlocks::new(contents.keys().copied().collect());
+    packs.iter().for_each(|(digest, bytes)| known.learn(digest, &PackHashes::of(bytes).unwrap()));
     let mut sink = ShelfSink(shelf);
-    let mut publisher = Publisher::new(known, &mut sink);
+    let contents = Contents(contents);
+    let mut publisher = Publisher::new(known, &mut sink).with_bases(&contents);
     let image = publisher.add(&Memory(disk.to_vec()), &[], &|_| {}).unwrap();
     let (packs, summary) = publisher.finish().unwrap();
-    let held = shelf.packs.lock().unwrap();
-    let info = |digest: Digest| PackInfo { digest, size: held[&digest].len() as u64 };
-    shelf.lists.lock().unwrap().insert(version, packs.into_iter().map(info).collect());
-    (image, summary.new_bytes)
+    let infos = packs.into_iter().map(|digest| info(shelf, digest)).collect();
+    shelf.lists.lock().unwrap().insert(version, infos);
+    (image, summary)
+}
+
+fn info(shelf: &Shelf, digest: Digest) -> PackInfo {
+    let bytes = shelf.packs.lock().unwrap()[&digest].clone();
+    let size = bytes.len() as u64;
+    let trailer = &bytes[bytes.len() - pack::TRAILER as usize..];
+    PackInfo { digest, size, directory: size - pack::directory_range(trailer, size).unwrap().start }
 }
 
 async fn open(shelf: &Arc<Shelf>, folder: &std::path::Path, version: Digest) -> FrameStore {
@@ -172,12 +194,12 @@ proptest! {
         new.truncate(new.len() - odd * 512);
         let (v1, v2) = (Digest::of(b"1"), Digest::of(b"2"));
         let (image1, _) = publish(&shelf, &old, v1, None);
-        let (image2, new_bytes) = publish(&shelf, &new, v2, Some(v1));
+        let (image2, summary) = publish(&shelf, &new, v2, Some(v1));
         let fresh: std::collections::HashSet<_> = new.chunks(4096).filter(|b| b.iter().any(|x| *x != 0)).collect();
         let known: std::collections::HashSet<_> = old.chunks(4096).collect();
         let expected = fresh.difference(&known).count() as u64 * BLOCK;
         // Only a last block shorter than 4 KiB may differ between the two ways to count.
-        prop_assert!(new_bytes.abs_diff(expected) <= BLOCK);
+        prop_assert!(summary.new_bytes.abs_diff(expected) <= BLOCK);
         let folder = tempfile::tempdir().unwrap();
         run(async {
             let store = open(&shelf, folder.path(), v2).await;
@@ -228,6 +250,96 @@ fn what_lack_says_is_what_prefetch_moves_and_nothing_twice() {
         shelf.away.store(true, Ordering::SeqCst);
         assert_eq!(read_all(&store, image2).await.unwrap(), new, "all of it is here");
     });
+}
+
+/// A disk whose blocks are those of `old` from `from` on, shifted by a few bytes, as recompiled programs are.
+fn shifted(old: &[u8], from: usize, blocks: usize) -> Vec<u8> {
+    let at = from * BLOCK as usize;
+    let mut new = old.to_vec();
+    new[at..at + blocks * BLOCK as usize].copy_from_slice(&old[at + 1033..at + 1033 + blocks * BLOCK as usize]);
+    new
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+    /// Whatever a host has of the old version, the plan is what moves, and what comes out is right.
+    #[test]
+    fn the_plan_is_exact_with_any_cache(
+        has in proptest::collection::vec(any::<bool>(), 15),
+        from in 0usize..300,
+        blocks in 1usize..160,
+        has_pages: bool,
+    ) {
+        let shelf = Arc::new(Shelf::default());
+        let (v1, v2) = (Digest::of(b"1"), Digest::of(b"2"));
+        let old = random_disk(480, 1);
+        let new = shifted(&old, from, blocks);
+        let (image1, _) = publish(&shelf, &old, v1, None);
+        let (image2, summary) = publish(&shelf, &new, v2, Some(v1));
+        prop_assert!(summary.delta_frames as usize >= blocks / 32);
+        let folder = tempfile::tempdir().unwrap();
+        run(async {
+            let store = open(&shelf, folder.path(), v1).await;
+            let map = ImageMap::load(&store, image1).await.unwrap();
+            let some: Vec<_> = map.frames().zip(&has).filter(|(_, has)| **has).map(|(digest, _)| digest).collect();
+            store.prefetch(&some, &|_| {}).await.unwrap();
+            if !has_pages {
+                map.pages().iter().for_each(|page| store.cache().remove(page).unwrap());
+            }
+            let store = open(&shelf, folder.path(), v2).await;
+            let frames: Vec<_> = ImageMap::load(&store, image2).await.unwrap().frames().collect();
+            let before = store.counters.fetched.load(Ordering::Relaxed);
+            let lack = store.lack(&frames).await.unwrap();
+            let told = AtomicUsize::new(0);
+            let progress = |bytes| { told.fetch_add(bytes as usize, Ordering::Relaxed); };
+            prop_assert_eq!(store.prefetch(&frames, &progress).await.unwrap(), lack.bytes);
+            prop_assert_eq!(store.counters.fetched.load(Ordering::Relaxed) - before, lack.bytes);
+            prop_assert_eq!(told.load(Ordering::Relaxed) as u64, lack.bytes);
+            if has.iter().all(|has| *has) {
+                prop_assert!(lack.bytes < 160 * BLOCK / 4, "{:?}", lack);
+            }
+            shelf.away.store(true, Ordering::SeqCst);
+            prop_assert_eq!(read_all(&store, image2).await.unwrap(), new);
+            Ok(())
+        })?;
+    }
+}
+
+#[test]
+fn differences_serve_readers_too_and_bad_ones_are_passed_over() {
+    let (v1, v2) = (Digest::of(b"1"), Digest::of(b"2"));
+    let shelf = Arc::new(Shelf::default());
+    let old = random_disk(320, 1);
+    let new = shifted(&old, 64, 200);
+    let (image1, _) = publish(&shelf, &old, v1, None);
+    let (image2, summary) = publish(&shelf, &new, v2, Some(v1));
+    assert!(summary.delta_frames == 7 && summary.delta_bytes < 10_000, "{summary:?}");
+    let moved = |prefetch: bool| {
+        let folder = tempfile::tempdir().unwrap();
+        let (shelf, new) = (shelf.clone(), new.clone());
+        run(async move {
+            let store = open(&shelf, folder.path(), v1).await;
+            let frames: Vec<_> = ImageMap::load(&store, image1).await.unwrap().frames().collect();
+            store.prefetch(&frames, &|_| {}).await.unwrap();
+            let store = open(&shelf, folder.path(), v2).await;
+            if prefetch {
+                let frames: Vec<_> = ImageMap::load(&store, image2).await.unwrap().frames().collect();
+                store.prefetch(&frames, &|_| {}).await.unwrap();
+            }
+            assert_eq!(read_all(&store, image2).await.unwrap(), new);
+            store.counters.fetched.load(Ordering::Relaxed)
+        })
+    };
+    assert_eq!(moved(true), summary.delta_bytes);
+    assert_eq!(moved(false), summary.delta_bytes);
+    for bytes in shelf.packs.lock().unwrap().values_mut() {
+        let mut damaged = bytes.to_vec();
+        let deltas = pack::directory(bytes).unwrap().deltas;
+        deltas.iter().for_each(|delta| damaged[delta.entry.offset as usize] ^= 1);
+        *bytes = damaged.into();
+    }
+    assert_eq!(moved(true), 200 * BLOCK);
+    assert_eq!(moved(false), 200 * BLOCK);
 }
 
 #[test]
@@ -309,8 +421,8 @@ fn unused_ranges_become_zeros() {
     let image = publisher.add(&Memory(disk.clone()), &unused, &|_| {}).unwrap();
     let (packs, summary) = publisher.finish().unwrap();
     assert_eq!(summary.used_bytes, 89 * BLOCK);
-    let size = shelf.packs.lock().unwrap()[&packs[0]].len() as u64;
-    shelf.lists.lock().unwrap().insert(Digest::of(b"1"), vec![PackInfo { digest: packs[0], size }]);
+    let list = vec![info(&shelf, packs[0])];
+    shelf.lists.lock().unwrap().insert(Digest::of(b"1"), list);
     let mut expected = disk;
     for range in unused {
         expected[range.start as usize..range.end as usize].fill(0);

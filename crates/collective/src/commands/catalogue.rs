@@ -172,33 +172,42 @@ impl Verify {
         let source = PlaneStore::new(Arc::new(client.another()), &folder.path().join("versions"));
         let store = FrameStore::new(Cache::open(folder.path())?, Arc::new(source));
         store.add_version(&manifest.appliance, &digest).await;
-        let mut frames = Vec::new();
+        let mut needed = Vec::new();
         let mut pages = 0;
         for image in manifest.images() {
             let map = ImageMap::load(&store, image).await.with_context(|| format!("image {image}"))?;
-            frames.extend(map.frames());
+            needed.extend(map.frames());
+            needed.extend_from_slice(map.pages());
             pages += map.pages().len();
         }
-        frames.sort_unstable();
-        frames.dedup();
-        let lack = store.lack(&frames).await?;
-        let bar = ui.bytes("verifying", lack.bytes);
-        store.prefetch(&frames, &|bytes| bar.inc(bytes)).await?;
+        needed.sort_unstable();
+        needed.dedup();
+        let bar = ui.bytes("verifying", detail.packs.iter().map(|pack| pack.size).sum());
+        let checked = store.check(&needed, &|bytes| bar.inc(bytes)).await?;
         bar.finish_and_clear();
         let index = store.counters.index_fetched.load(Ordering::Relaxed);
+        let frames = needed.len() - pages;
         let value = serde_json::json!({
-            "reference": self.reference.to_string(), "digest": digest, "key": detail.manifest.key, "frames": frames.len(),
-            "pages": pages, "bytes": lack.bytes, "index_bytes": index, "sound": true,
+            "reference": self.reference.to_string(), "digest": digest, "key": detail.manifest.key, "frames": frames,
+            "pages": pages, "bytes": checked.bytes, "deltas": checked.deltas,
+            "deltas_without_bases": checked.deltas_without_bases, "index_bytes": index, "sound": true,
         });
         ui.data(&value, |ui| {
             ui.line(format!(
-                "{} is sound: signed by {}, {} frames ({}) and {pages} pages match the manifest",
+                "{} is sound: signed by {}; {frames} frames, {pages} pages and {} differences ({}) are what they should be",
                 self.reference,
                 detail.manifest.key.short(),
-                frames.len(),
-                ByteSize(lack.bytes)
+                checked.deltas,
+                ByteSize(checked.bytes)
             ));
         });
+        if checked.deltas_without_bases > 0 {
+            ui.hint(format!(
+                "{} differences to frames that only other versions have were not looked at; hosts check them as they \
+                 use them",
+                checked.deltas_without_bases
+            ));
+        }
         Ok(())
     }
 }

@@ -3,20 +3,24 @@
 //! Interrupted at any instant, it is simply repeated: packs are made the same way again, those that arrived are not
 //! sent again, and the version becomes visible with its manifest, which comes last.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
-use collective_api::{ApplianceView, ChannelHead, Client, PublishVersion, VersionDetail, VersionView};
+use collective_api::{ApplianceView, ChannelHead, Client, PlaneStore, PublishVersion, VersionDetail, VersionView};
 use collective_keys::{ChannelPointer, Kind, Signed, SigningKey};
 use collective_maker::{PreparedDisk, open_disks, read_recipe};
 use collective_model::{
     ApplianceName, ByteSize, Digest, Disk, Hardware, MANIFEST_FORMAT, Manifest, Name, Recipe, Timestamp, VersionName,
 };
+use collective_store::cache::Cache;
+use collective_store::fetch::FrameStore;
+use collective_store::image::ImageMap;
 use collective_store::pack::Pack;
-use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher, Summary};
+use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 
@@ -61,10 +65,14 @@ impl Publish {
             ui.hint(format!("disk \"{}\": {note}", disk.disk.name));
         }
         let published = find(client, &appliance).await?;
-        let known = known_blocks(ui, client, &appliance, published.as_ref()).await?;
+        let newest = published.as_ref().and_then(|view| view.versions.first());
+        let (known, bases) = match newest {
+            Some(newest) => known_blocks(ui, client, &appliance, newest.digest).await?,
+            None => Default::default(),
+        };
         let uploads = Uploads::new(client, &appliance)?;
         let bar = ui.bytes("reading", disks.iter().map(|disk| disk.size).sum());
-        let (images, packs, summary) = cut(known, disks, uploads.clone(), bar).await?;
+        let (images, packs, summary) = cut(known, bases, disks, uploads.clone(), bar).await?;
         let manifest = manifest(&recipe, &version, images);
         manifest.check()?;
         let signed = self.sign(client, manifest, &key, published.as_ref()).await?;
@@ -131,7 +139,8 @@ fn show(ui: &Ui, appliance: &ApplianceName, view: &VersionView, channel: &Name, 
     let value = serde_json::json!({
         "appliance": appliance, "version": view.version, "digest": view.digest, "channel": channel,
         "disk_bytes": summary.disk_bytes, "used_bytes": summary.used_bytes, "new_bytes": summary.new_bytes,
-        "stored_bytes": summary.stored_bytes, "index_bytes": summary.index_bytes, "sent_bytes": sent,
+        "stored_bytes": summary.stored_bytes, "index_bytes": summary.index_bytes,
+        "delta_frames": summary.delta_frames, "delta_bytes": summary.delta_bytes, "sent_bytes": sent,
     });
     ui.data(&value, |ui| {
         ui.line(format!("published {appliance}:{} ({}), channel {channel}", view.version, view.digest.short()));
@@ -144,6 +153,14 @@ fn show(ui: &Ui, appliance: &ApplianceName, view: &VersionView, channel: &Name, 
             ByteSize(summary.index_bytes),
             ByteSize(sent)
         ));
+        if summary.delta_frames > 0 {
+            ui.line(format!(
+                "  for hosts with the version before: {} of {} new frames are also stored as differences, {}",
+                summary.delta_frames,
+                summary.frames,
+                ByteSize(summary.delta_bytes)
+            ));
+        }
     });
     ui.hint(format!("next: collective launch {appliance}"));
 }
@@ -179,16 +196,16 @@ fn manifest(recipe: &Recipe, version: &VersionName, disks: Vec<Disk>) -> Manifes
     }
 }
 
-/// What the newest version has, read back and verified, or remembered from when it was.
+/// What the newest version has, read back and verified, or remembered from when it was; and a way to its frames.
 async fn known_blocks(
     ui: &Ui,
     client: &Client,
     appliance: &ApplianceName,
-    published: Option<&ApplianceView>,
-) -> Result<KnownBlocks> {
-    let mut known = KnownBlocks::default();
-    let Some(newest) = published.and_then(|view| view.versions.first()) else { return Ok(known) };
-    let detail: VersionDetail = client.get(&format!("/v1/versions/{}", newest.digest)).await?;
+    newest: Digest,
+) -> Result<(KnownBlocks, Option<Bases>)> {
+    let detail: VersionDetail = client.get(&format!("/v1/versions/{newest}")).await?;
+    let bases = Bases::of(client, appliance, &detail).await?;
+    let mut known = KnownBlocks::new(bases.frames.clone());
     let bar = ui.bytes("comparing", detail.packs.iter().map(|pack| pack.size).sum());
     for pack in &detail.packs {
         let path = hashes_path(&pack.digest);
@@ -210,7 +227,48 @@ async fn known_blocks(
         bar.inc(pack.size);
     }
     bar.finish_and_clear();
-    Ok(known)
+    Ok((known, Some(bases)))
+}
+
+/// The frames and pages of the newest version, read from the store through a cache of the maker's own.
+struct Bases {
+    frames: HashSet<Digest>,
+    store: FrameStore,
+    runtime: Handle,
+}
+
+impl Bases {
+    /// Bytes of frames that stay for the next publish.
+    const KEPT: u64 = 1 << 30;
+
+    async fn of(client: &Client, appliance: &ApplianceName, detail: &VersionDetail) -> Result<Self> {
+        let manifest = Manifest::parse(detail.manifest.payload.as_bytes())?;
+        let source = PlaneStore::new(Arc::new(client.another()), &cache_dir().join("versions"));
+        let cache = Cache::open(&cache_dir()).context("cannot open the maker's cache")?;
+        let store = FrameStore::new(cache, Arc::new(source));
+        store.add_version(appliance, &detail.manifest.digest()).await;
+        let mut frames = HashSet::new();
+        for image in manifest.images() {
+            let map = ImageMap::load(&store, image).await?;
+            frames.extend(map.frames().chain(map.pages().iter().copied()));
+        }
+        Ok(Self { frames, store, runtime: Handle::current() })
+    }
+}
+
+impl BaseReader for Bases {
+    fn read(&self, frames: &[Digest]) -> io::Result<Vec<Vec<u8>>> {
+        let read = self.runtime.block_on(self.store.read_all(frames));
+        read.map_err(|error| io::Error::other(format!("cannot compare with the version before: {error}")))
+    }
+}
+
+impl Drop for Bases {
+    fn drop(&mut self) {
+        if let Err(error) = self.store.cache().evict(Self::KEPT, &HashSet::new()) {
+            tracing::debug!(%error, "the maker's cache cannot be trimmed");
+        }
+    }
 }
 
 fn hashes_path(pack: &Digest) -> PathBuf {
@@ -249,13 +307,12 @@ impl Uploads {
         })
     }
 
-    async fn send(&self, pack: Pack) -> Result<()> {
+    async fn send(&self, pack: Pack, hashes: PackHashes) -> Result<()> {
         let path = format!("/v1/appliances/{}/packs/{}", self.appliance, pack.digest);
         if self.client.get::<u64>(&path).await.is_ok_and(|size| size == pack.bytes.len() as u64) {
             return Ok(());
         }
         let size = pack.bytes.len() as u64;
-        let hashes = PackHashes::of(&pack.bytes)?;
         self.client.put_bytes(&path, pack.bytes.into()).await?;
         remember(&hashes_path(&pack.digest), &hashes);
         self.sent.fetch_add(size, Ordering::Relaxed);
@@ -264,20 +321,24 @@ impl Uploads {
 }
 
 impl PackSink for Uploads {
-    fn put(&mut self, pack: Pack) -> io::Result<()> {
-        self.runtime.block_on(self.send(pack)).map_err(|error| io::Error::other(crate::ui::chain(&error)))
+    fn put(&mut self, pack: Pack, hashes: PackHashes) -> io::Result<()> {
+        self.runtime.block_on(self.send(pack, hashes)).map_err(|error| io::Error::other(crate::ui::chain(&error)))
     }
 }
 
 /// Cuts all disks on a thread of its own; the packs go out as they are full.
 async fn cut(
     known: KnownBlocks,
+    bases: Option<Bases>,
     disks: Vec<PreparedDisk>,
     mut uploads: Uploads,
     bar: ProgressBar,
 ) -> Result<(Vec<Disk>, Vec<Digest>, Summary)> {
     let work = move || -> Result<_> {
         let mut publisher = Publisher::new(known, &mut uploads);
+        if let Some(bases) = &bases {
+            publisher = publisher.with_bases(bases);
+        }
         let mut images = Vec::new();
         let mut before = 0;
         for prepared in disks {

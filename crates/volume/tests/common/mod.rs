@@ -15,7 +15,7 @@ use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
 use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackSink, Publisher};
+use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::{PackInfo, Source, SourceError};
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
@@ -41,7 +41,7 @@ impl Default for Shelf {
 struct ShelfSink<'a>(&'a Shelf);
 
 impl PackSink for ShelfSink<'_> {
-    fn put(&mut self, pack: Pack) -> io::Result<()> {
+    fn put(&mut self, pack: Pack, _: PackHashes) -> io::Result<()> {
         self.0.packs.lock().unwrap().insert(pack.digest, pack.bytes.into());
         Ok(())
     }
@@ -58,7 +58,10 @@ impl Source for Shelf {
         Box::pin(async move {
             self.present()?;
             let packs = self.packs.lock().unwrap();
-            Ok(packs.iter().map(|(digest, bytes)| PackInfo { digest: *digest, size: bytes.len() as u64 }).collect())
+            Ok(packs
+                .iter()
+                .map(|(digest, bytes)| PackInfo { digest: *digest, size: bytes.len() as u64, directory: 0 })
+                .collect())
         })
     }
 
