@@ -40,6 +40,13 @@ impl Plane {
                 manifest.version
             )));
         }
+        if self.database().withdrawn(appliance, &manifest.version).await?.is_some_and(|known| known != digest) {
+            return Err(Failure::conflict(format!(
+                "{appliance}:{} was published with other content and withdrawn, and versions never change: publish it \
+                 under another version",
+                manifest.version
+            )));
+        }
         self.accept_key(&appliance.publisher, &request.manifest).await?;
         let packs = self.complete(&manifest, &digest, &request.packs).await?;
         let row = VersionRow {

@@ -11,9 +11,10 @@ use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
 use bytes::Bytes;
 use collective_api::{
-    ApplianceView, ChannelHead, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer,
-    JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest,
-    PublishVersion, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget, VersionDetail, VersionView,
+    ApplianceView, ChannelHead, Collected, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView,
+    JoinAnswer, JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PlaneStatus,
+    PowerRequest, PublishVersion, StoreView, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget, VersionDetail,
+    VersionView,
 };
 use collective_keys::Signed;
 use collective_model::{ApplianceName, Digest, Name, OperationId, TunnelId};
@@ -42,7 +43,10 @@ pub(crate) fn router(plane: Plane) -> Router {
         .route("/v1/appliances/{publisher}/{name}/channels/{channel}", put(set_channel).get(get_channel))
         .route("/v1/publishers/{publisher}/key", post(change_key))
         .route("/v1/resolve", get(resolve))
-        .route("/v1/versions/{version}", get(version))
+        .route("/v1/appliances/{publisher}/{name}/leases/{id}", put(hold_lease).delete(end_lease))
+        .route("/v1/versions/{version}", get(version).delete(withdraw))
+        .route("/v1/store", get(store))
+        .route("/v1/store/collect", post(collect))
         .route("/v1/tokens", post(create_token))
         .route("/v1/hosts", get(hosts))
         .route("/v1/hosts/join", post(join))
@@ -135,8 +139,45 @@ async fn put_pack(
     body: Bytes,
 ) -> Answer<Json<()>> {
     caller.user()?;
-    plane.depot().put_pack(&appliance(&publisher, &name)?, parse(&pack)?, body).await?;
+    let (appliance, pack) = (appliance(&publisher, &name)?, parse(&pack)?);
+    if !plane.database().use_pack(&appliance, &pack).await? {
+        return Err(Failure::conflict(format!("pack {pack} is being removed just now; repeat the command")));
+    }
+    plane.depot().put_pack(&appliance, pack, body).await?;
     Ok(Json(()))
+}
+
+async fn hold_lease(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path((publisher, name, id)): Path<(String, String, String)>,
+) -> Answer<Json<()>> {
+    caller.user()?;
+    Ok(Json(plane.hold_lease(&appliance(&publisher, &name)?, &id).await?))
+}
+
+async fn end_lease(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path((_, _, id)): Path<(String, String, String)>,
+) -> Answer<Json<()>> {
+    caller.user()?;
+    Ok(Json(plane.database().end_lease(&id).await?))
+}
+
+async fn withdraw(State(plane): State<Plane>, caller: Caller, Path(version): Path<String>) -> Answer<Json<()>> {
+    caller.user()?;
+    Ok(Json(plane.withdraw(&parse(&version)?).await?))
+}
+
+async fn store(State(plane): State<Plane>, caller: Caller) -> Answer<Json<StoreView>> {
+    caller.user()?;
+    Ok(Json(plane.store_view().await?))
+}
+
+async fn collect(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Collected>> {
+    caller.user()?;
+    Ok(Json(plane.collect().await?))
 }
 
 /// A pack's bytes by range; without one, its size as JSON.
@@ -149,7 +190,7 @@ async fn get_pack(
     caller.reader()?;
     let (appliance, pack) = (appliance(&publisher, &name)?, parse::<Digest>(&pack)?);
     let Some(range) = headers.get(RANGE) else {
-        return Ok(Json(plane.depot().pack_size(&appliance, &pack).await?).into_response());
+        return Ok(Json(plane.pack_in_use(&appliance, &pack).await?).into_response());
     };
     let range = range.to_str().ok().and_then(|text| text.strip_prefix("bytes=")).and_then(|text| text.split_once('-'));
     let range = range.and_then(|(first, last)| Some((first.parse::<u64>().ok()?, last.parse::<u64>().ok()?)));

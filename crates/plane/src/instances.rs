@@ -64,6 +64,9 @@ impl Plane {
         let row =
             InstanceRow { spec, host, follow: request.follow, hold_until: None, observed: None, failed: Vec::new() };
         if !self.database().insert_instance(&row).await? {
+            if self.database().version(&row.spec.version).await?.is_none() {
+                return Err(Failure::conflict("this version was withdrawn just now"));
+            }
             return Err(Failure::conflict(format!("the name \"{name}\" is taken; choose another --name")));
         }
         self.orders_changed();

@@ -8,6 +8,7 @@
 
 mod access;
 mod catalogue;
+mod collect;
 mod database;
 mod hosts;
 mod http;
@@ -85,6 +86,8 @@ struct Inner {
     /// What tokens tell others: address and certificate.
     public: Option<(String, collective_api::Fingerprint)>,
     tunnels: tunnel::Tunnels,
+    /// Held while packs are removed.
+    collecting: tokio::sync::Mutex<()>,
     /// Grows when something that hosts are told changes.
     orders: watch::Sender<u64>,
     /// Grows when anything that users see changes.
@@ -110,11 +113,13 @@ impl Plane {
             data: config.data.clone(),
             public,
             tunnels: tunnel::Tunnels::default(),
+            collecting: Default::default(),
             orders: watch::Sender::new(first),
             state: watch::Sender::new(first),
         };
         let plane = Self { inner: Arc::new(inner) };
         tokio::spawn(reconcile::run(plane.clone()));
+        tokio::spawn(collect::run(plane.clone()));
         Ok((plane, tls))
     }
 

@@ -1,146 +1,18 @@
 //! The plane over its own socket: what makers, hosts and strangers may and may not do. No machine is started.
 
+mod common;
+
 use std::time::Duration;
 
 use bytes::Bytes;
 use collective_api::{
-    Client, Endpoint, HostFacts, HostOrders, HostReport, InstanceView, JoinAnswer, JoinRequest, LaunchRequest,
-    PublishVersion, TunnelAnswer, TunnelTarget, VersionView,
+    Client, HostOrders, InstanceView, JoinAnswer, JoinRequest, LaunchRequest, TunnelAnswer, TunnelTarget,
 };
-use collective_keys::{ChannelPointer, KeyChange, Kind, Signed, SigningKey};
-use collective_model::{Digest, Generation, InstanceId, Manifest, Observed, Timestamp};
-use collective_plane::{Listening, Plane, PlaneConfig, serve};
-use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_keys::{KeyChange, Kind, Signed, SigningKey};
+use collective_model::{Digest, Generation, Timestamp};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-struct Site {
-    folder: tempfile::TempDir,
-    user: Client,
-}
-
-impl Site {
-    async fn open() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let config = PlaneConfig { data: folder.path().join("plane"), address: Some("127.0.0.1:1".into()) };
-        let (plane, tls) = Plane::open(&config).await.unwrap();
-        let socket = folder.path().join("plane.sock");
-        tokio::spawn(serve(plane, tls, Listening { socket: socket.clone(), tcp: None }));
-        let user = Client::new(Endpoint::Unix(socket), None);
-        let up = async {
-            while user.get::<serde_json::Value>("/v1/status").await.is_err() {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(20), up).await.unwrap();
-        Self { folder, user }
-    }
-
-    fn with(&self, secret: &str) -> Client {
-        Client::new(Endpoint::Unix(self.folder.path().join("plane.sock")), Some(secret.to_owned()))
-    }
-
-    /// Sends the packs of a disk; gives image and packs.
-    async fn upload(&self, seed: u8) -> (Digest, Vec<Digest>) {
-        let mut sink = Collected(Vec::new());
-        let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
-        let image = publisher.add(&Pattern(seed), &[], &|_| {}).unwrap();
-        let (packs, _) = publisher.finish().unwrap();
-        for pack in sink.0 {
-            let path = format!("/v1/appliances/p/app/packs/{}", pack.digest);
-            self.user.put_bytes(&path, pack.bytes.into()).await.unwrap();
-        }
-        (image, packs)
-    }
-
-    async fn publish(&self, manifest: Signed, packs: Vec<Digest>) -> Result<VersionView, String> {
-        let request = PublishVersion { manifest, packs };
-        self.user.post("/v1/appliances/p/app/versions", &request).await.map_err(|e| e.to_string())
-    }
-
-    async fn point(&self, version: Digest, serial: u64, key: &SigningKey) -> Result<(), String> {
-        let pointer = ChannelPointer {
-            appliance: "p/app".parse().unwrap(),
-            channel: "stable".parse().unwrap(),
-            serial,
-            version,
-            created: Timestamp(serial),
-        };
-        let signed = Signed::sign_json(Kind::Channel, &pointer, key).unwrap();
-        self.user.put("/v1/appliances/p/app/channels/stable", &signed).await.map_err(|e| e.to_string())
-    }
-
-    async fn join(&self, name: &str) -> Client {
-        let answer: JoinAnswer =
-            self.user.post("/v1/hosts/join", &JoinRequest { name: name.parse().unwrap() }).await.unwrap();
-        self.with(&answer.secret)
-    }
-}
-
-struct Collected(Vec<Pack>);
-
-impl PackSink for Collected {
-    fn put(&mut self, pack: Pack, _: PackHashes) -> std::io::Result<()> {
-        self.0.push(pack);
-        Ok(())
-    }
-}
-
-/// One MiB that depends on a number.
-struct Pattern(u8);
-
-impl DiskReader for Pattern {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-        let value = |i: u64| ((i / 4096) as u8).wrapping_mul(7).wrapping_add(self.0) | 1;
-        (offset..).zip(buffer).for_each(|(i, byte)| *byte = value(i));
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        1 << 20
-    }
-    fn next_data(&self, offset: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
-}
-
-fn manifest(version: &str, image: Digest) -> Manifest {
-    serde_json::from_value(serde_json::json!({
-        "format": 1, "appliance": "p/app", "version": version, "created": "2026-11-22T00:00:00Z",
-        "hardware": { "cpus": 1, "memory": 67108864 },
-        "disks": [{ "name": "system", "role": "system", "size": 1 << 20, "image": image }],
-        "settings": { "password": { "secret": true } }
-    }))
-    .unwrap()
-}
-
-fn sign(manifest: &Manifest, key: &SigningKey) -> Signed {
-    Signed::sign_json(Kind::Manifest, manifest, key).unwrap()
-}
-
-fn report(observed: Vec<Observed>) -> HostReport {
-    let facts = HostFacts {
-        version: "0".into(),
-        cpus: 2,
-        memory: 8 << 30,
-        accelerator: "tcg".into(),
-        root: true,
-        cache_bytes: 0,
-        warnings: vec![],
-    };
-    HostReport { facts, observed, operations: vec![], events: vec![] }
-}
-
-/// What a host says of an instance that runs.
-fn running(id: &InstanceId, generation: u64, version: Digest) -> Observed {
-    let observed = serde_json::json!({
-        "id": id, "generation": generation, "state": "running", "version": version, "version_name": "1",
-        "accelerator": null, "addresses": [], "ports": [], "ports_open": true, "disks": [], "bytes_fetched": 0,
-        "index_bytes_fetched": 0, "bytes_from_cache": 0, "started_in_ms": null, "first_answer_ms": null,
-        "frames_missing": null, "waiting": null, "health": "unknown", "probe_output": null, "last_error": null,
-        "last_stop": null, "power_serial": 1, "checkpoints": [], "observed_at": "2026-11-22T00:00:00Z"
-    });
-    serde_json::from_value(observed).unwrap()
-}
+use common::{Site, manifest, report, running, sign};
 
 #[tokio::test]
 async fn a_version_is_visible_only_when_all_of_it_is_there_and_signed() {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use collective_model::{ApplianceName, Digest};
+use futures_util::TryStreamExt;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
@@ -83,7 +84,8 @@ impl Depot {
         Key::from(format!("packs/{}/{}/{pack}", appliance.publisher, appliance.name))
     }
 
-    /// Takes a pack after checking every frame in it that stands for itself. A pack that is there already stays as it is.
+    /// Takes a pack after checking every frame in it that stands for itself. A pack that is there already stays as it
+    /// is, unless it is damaged: then it is replaced.
     pub async fn put_pack(&self, appliance: &ApplianceName, pack: Digest, bytes: Bytes) -> Result<(), DepotError> {
         let checked = bytes.clone();
         let check = tokio::task::spawn_blocking(move || {
@@ -95,8 +97,16 @@ impl Depot {
         });
         check.await.map_err(|panic| DepotError::Backend(object_store::Error::JoinError { source: panic }))??;
         let options = PutOptions { mode: PutMode::Create, ..Default::default() };
-        match self.objects.put_opts(&Self::key(appliance, &pack), PutPayload::from_bytes(bytes), options).await {
-            Ok(_) | Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
+        let (key, payload) = (Self::key(appliance, &pack), PutPayload::from_bytes(bytes));
+        match self.objects.put_opts(&key, payload.clone(), options).await {
+            Ok(_) => Ok(()),
+            Err(object_store::Error::AlreadyExists { .. }) => {
+                let there = self.objects.get(&key).await?.bytes().await?;
+                if Digest::of(&there) != pack {
+                    self.objects.put(&key, payload).await?;
+                }
+                Ok(())
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -126,6 +136,17 @@ impl Depot {
             return Err(DepotError::Range(range));
         }
         Ok(self.objects.get_range(&Self::key(appliance, pack), range).await?)
+    }
+
+    /// All packs, with their sizes in bytes. What is not named like a pack is passed over.
+    pub async fn list(&self) -> Result<Vec<(ApplianceName, Digest, u64)>, DepotError> {
+        let objects: Vec<object_store::ObjectMeta> = self.objects.list(Some(&Key::from("packs"))).try_collect().await?;
+        let pack = |meta: object_store::ObjectMeta| {
+            let parts: Vec<_> = meta.location.parts().map(|part| part.as_ref().to_owned()).collect();
+            let [_, publisher, name, digest] = parts.as_slice() else { return None };
+            Some((format!("{publisher}/{name}").parse().ok()?, digest.parse().ok()?, meta.size))
+        };
+        Ok(objects.into_iter().filter_map(pack).collect())
     }
 
     /// Removes a pack.

@@ -14,6 +14,7 @@ mod publish;
 mod reach;
 mod runner;
 mod settings;
+mod store;
 mod up;
 
 use std::process::ExitCode;
@@ -59,6 +60,9 @@ pub enum Command {
     Verify(catalogue::Verify),
     Trust(catalogue::Trust),
     Rekey(catalogue::Rekey),
+    Withdraw(store::Withdraw),
+    Prune(store::Prune),
+    Store(store::Store),
     Launch(launch::Launch),
     List(info::List),
     Info(info::Info),
@@ -129,6 +133,9 @@ impl Command {
             Self::Verify(command) => command.run(ui, client).await?,
             Self::Trust(command) => command.run(ui, client).await?,
             Self::Rekey(command) => command.run(ui, client).await?,
+            Self::Withdraw(command) => command.run(ui, client).await?,
+            Self::Prune(command) => command.run(ui, client).await?,
+            Self::Store(command) => command.run(ui, client).await?,
             Self::Launch(command) => command.run(ui, client).await?,
             Self::List(command) => command.run(ui, client).await?,
             Self::Info(command) => command.run(ui, client).await?,

@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use collective_api::{ApplianceView, ChannelHead, Client, PlaneStore, PublishVersion, VersionDetail, VersionView};
@@ -64,6 +65,8 @@ impl Publish {
         {
             ui.hint(format!("disk \"{}\": {note}", disk.disk.name));
         }
+        // Before anything is compared: what is there now stays until this has ended.
+        let lease = Lease::hold(client, &appliance).await?;
         let published = find(client, &appliance).await?;
         let newest = published.as_ref().and_then(|view| view.versions.first());
         let (known, bases) = match newest {
@@ -80,6 +83,7 @@ impl Publish {
         let view: VersionView = client
             .post(&format!("/v1/appliances/{appliance}/versions"), &PublishVersion { manifest: signed, packs })
             .await?;
+        lease.end().await;
         self.move_channel(client, &appliance, digest, &key).await?;
         show(ui, &appliance, &view, &self.channel, &summary, uploads.sent.load(Ordering::Relaxed));
         Ok(())
@@ -285,6 +289,42 @@ fn remember(path: &Path, hashes: &PackHashes) {
     };
     if let Err(error) = write() {
         tracing::debug!(%error, "block hashes cannot be remembered");
+    }
+}
+
+/// Tells the plane that a publish is under way, for as long as it is.
+struct Lease {
+    client: Client,
+    path: String,
+    renewal: tokio::task::JoinHandle<()>,
+}
+
+impl Lease {
+    /// A quarter of the time after which the plane takes a publisher for dead.
+    const RENEW: Duration = Duration::from_secs(30);
+
+    async fn hold(client: &Client, appliance: &ApplianceName) -> Result<Self> {
+        let id = Digest::of(&collective_keys::random_id()?).to_string();
+        let path = format!("/v1/appliances/{appliance}/leases/{id}");
+        let () = client.put(&path, &()).await?;
+        let (renewer, renewed) = (client.another(), path.clone());
+        let renewal = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Self::RENEW).await;
+                if let Err(error) = renewer.put::<()>(&renewed, &()).await {
+                    tracing::debug!(%error, "the publisher's lease was not renewed; it is tried again");
+                }
+            }
+        });
+        Ok(Self { client: client.another(), path, renewal })
+    }
+
+    /// A lease that is not ended runs out by itself.
+    async fn end(self) {
+        self.renewal.abort();
+        if let Err(error) = self.client.delete::<()>(&self.path).await {
+            tracing::debug!(%error, "the publisher's lease was not ended");
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! All SQL. Records that only travel are kept as the JSON they travel in; what is searched or guarded is a column.
 
+mod keeping;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,6 +17,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, S
 use sqlx::{Row, SqlitePool};
 
 use crate::problem::{Answer, Failure};
+
+pub use keeping::Condemned;
 
 /// The schema is created at once; later changes expand it first and contract it one release later.
 const SCHEMA: &str = include_str!("schema.sql");
@@ -113,26 +117,6 @@ impl Database {
         );
         let changes = serde_json::to_string(&publisher.changes)?;
         query.bind(name.as_str()).bind(publisher.key.to_string()).bind(changes).execute(&self.pool).await?;
-        Ok(())
-    }
-
-    /// Makes a version visible; all it refers to must be durable.
-    pub async fn insert_version(&self, row: &VersionRow) -> Answer<()> {
-        let query = sqlx::query(
-            "INSERT INTO versions(digest, publisher, appliance, version, created, summary, manifest, packs)
-             VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
-        );
-        query
-            .bind(row.digest.to_string())
-            .bind(row.appliance.publisher.as_str())
-            .bind(row.appliance.name.as_str())
-            .bind(row.version.as_str())
-            .bind(row.created.0 as i64)
-            .bind(&row.summary)
-            .bind(serde_json::to_string(&row.manifest)?)
-            .bind(serde_json::to_string(&row.packs)?)
-            .execute(&self.pool)
-            .await?;
         Ok(())
     }
 
@@ -270,10 +254,11 @@ impl Database {
         Ok(query.execute(&self.pool).await?.rows_affected() == 1)
     }
 
-    /// False if the name is taken.
+    /// False if the name is taken, or the version was withdrawn just now.
     pub async fn insert_instance(&self, row: &InstanceRow) -> Answer<bool> {
         let query = sqlx::query(
-            "INSERT INTO instances(id, name, host, generation, spec, follow) VALUES(?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            "INSERT INTO instances(id, name, host, generation, spec, follow)
+             SELECT ?, ?, ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM versions WHERE digest = ?) ON CONFLICT DO NOTHING",
         );
         let done = query
             .bind(row.spec.id.as_str())
@@ -282,6 +267,7 @@ impl Database {
             .bind(row.spec.generation.0 as i64)
             .bind(serde_json::to_string(&row.spec)?)
             .bind(row.follow.as_ref().map(|name| name.as_str().to_owned()))
+            .bind(row.spec.version.to_string())
             .execute(&self.pool)
             .await?;
         Ok(done.rows_affected() == 1)

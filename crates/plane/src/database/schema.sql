@@ -72,3 +72,31 @@ CREATE TABLE IF NOT EXISTS events (
     message  TEXT NOT NULL,
     PRIMARY KEY (instance, serial)
 ) STRICT;
+
+-- Publishers at work: what no version refers to is not removed before those end that began earlier.
+CREATE TABLE IF NOT EXISTS leases (
+    id        TEXT PRIMARY KEY,
+    publisher TEXT NOT NULL,
+    appliance TEXT NOT NULL,
+    begun     INTEGER NOT NULL,
+    expires   INTEGER NOT NULL
+) STRICT;
+
+-- Packs that no version refers to, since when that is known, and whether they are being removed.
+CREATE TABLE IF NOT EXISTS condemned (
+    publisher TEXT NOT NULL,
+    appliance TEXT NOT NULL,
+    pack      TEXT NOT NULL,
+    since     INTEGER NOT NULL,
+    removing  INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (publisher, appliance, pack)
+) STRICT;
+
+-- Versions that were withdrawn: their names never get other content.
+CREATE TABLE IF NOT EXISTS withdrawn (
+    publisher TEXT NOT NULL,
+    appliance TEXT NOT NULL,
+    version   TEXT NOT NULL,
+    digest    TEXT NOT NULL,
+    PRIMARY KEY (publisher, appliance, version)
+) STRICT;

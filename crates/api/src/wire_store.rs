@@ -1,0 +1,54 @@
+//! What is in a plane's store, what needs it, and what was removed.
+
+use collective_model::{ApplianceName, Digest, Name, VersionName};
+use serde::{Deserialize, Serialize};
+
+/// `GET /v1/store`
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct StoreView {
+    /// All packs that are there.
+    pub packs: Vec<PackView>,
+    /// Packs that versions refer to and that are not there.
+    pub missing: Vec<PackView>,
+    /// All versions, newest first for each appliance.
+    pub versions: Vec<VersionUse>,
+}
+
+/// A pack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackView {
+    /// Whose.
+    pub appliance: ApplianceName,
+    /// Its name.
+    pub digest: Digest,
+    /// In bytes.
+    pub size: u64,
+    /// The versions that refer to it.
+    pub versions: Vec<Digest>,
+}
+
+/// A version and what needs it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionUse {
+    /// Of what.
+    pub appliance: ApplianceName,
+    /// Its name.
+    pub version: VersionName,
+    /// Its digest.
+    pub digest: Digest,
+    /// Channels that point to it.
+    pub channels: Vec<Name>,
+    /// Instances that have it, or a checkpoint of it.
+    pub instances: Vec<Name>,
+    /// The packs it refers to.
+    pub packs: Vec<Digest>,
+}
+
+/// The answer to `POST /v1/store/collect`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Collected {
+    /// Packs that were removed.
+    pub removed: Vec<PackView>,
+    /// Packs that no version refers to, kept until publishers at work have ended.
+    pub waiting: Vec<PackView>,
+}
