@@ -249,6 +249,8 @@ pub enum OperationRequest {
     },
     /// Stop and start.
     Restart,
+    /// Say which blocks the guest read while it booted.
+    Trace,
     /// Read the end of the serial console.
     Logs {
         /// At most this many lines.

@@ -172,6 +172,7 @@ impl Instance {
             OperationKind::Update { to } => self.update(&id, to).await,
             OperationKind::Rollback { with_data } => self.roll_back(&id, with_data).await,
             OperationKind::Restart => self.restart().await,
+            OperationKind::Trace => self.boot_trace(),
             OperationKind::Logs { lines } => self.logs(lines),
             OperationKind::Delete { data } => self.delete(data).await,
         };

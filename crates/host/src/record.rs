@@ -164,7 +164,7 @@ impl Record {
             role: disk.role,
             writes: disk.writes,
             size: disk.size.0,
-            image: disk.image.map(|root| RunImage { root, appliance, version }),
+            image: disk.image.map(|root| RunImage { root, appliance, version, boot: disk.boot }),
             layers: Vec::new(),
         }
     }

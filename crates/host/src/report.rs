@@ -25,6 +25,23 @@ impl Instance {
         Ok(serde_json::json!({ "lines": shown }))
     }
 
+    /// Which blocks the guest read until it was up.
+    pub(crate) fn boot_trace(&self) -> Result<serde_json::Value, String> {
+        let path = self.run_dir.join("trace.json");
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(
+                    "it is not known yet: it is noted some seconds after the instance became healthy, or after a \
+                            minute where the version has no health check"
+                        .into(),
+                );
+            }
+            Err(error) => return Err(format!("cannot read {}: {error}", path.display())),
+        };
+        serde_json::from_slice(&bytes).map_err(|e| format!("{} is damaged: {e}", path.display()))
+    }
+
     /// Something happened that belongs into the history.
     pub(crate) fn event(&mut self, what: &str, message: String) {
         let event = Event {

@@ -126,7 +126,7 @@ impl Instance {
 
     /// Keeps the cache from dropping what is about to be fetched.
     fn pin_images(&self, manifest: &Manifest, version: Digest) {
-        let image = |root| RunImage { root, appliance: manifest.appliance.clone(), version };
+        let image = |root| RunImage { root, appliance: manifest.appliance.clone(), version, boot: None };
         let mut used = lock(&self.context.used_images);
         let mine = used.entry(self.record.spec.id.clone()).or_default();
         mine.extend(manifest.images().into_iter().map(image));

@@ -200,6 +200,8 @@ pub enum OperationKind {
     },
     /// Stop and start.
     Restart,
+    /// Say which blocks the guest read while it booted.
+    Trace,
     /// Read the end of the guest's serial console.
     Logs {
         /// At most this many lines.
@@ -220,6 +222,7 @@ impl OperationKind {
             Self::Update { .. } => "update",
             Self::Rollback { .. } => "rollback",
             Self::Restart => "restart",
+            Self::Trace => "trace",
             Self::Logs { .. } => "logs",
             Self::Delete { .. } => "delete",
         }

@@ -121,6 +121,9 @@ pub struct Disk {
     /// The root page of its content; none: all zeros.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<Digest>,
+    /// The page with the order in which a guest reads it while it boots; a hint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<Digest>,
 }
 
 /// A guest port that the appliance offers.

@@ -88,6 +88,9 @@ pub struct RunImage {
     pub appliance: ApplianceName,
     /// The version that listed these packs.
     pub version: Digest,
+    /// The page of its boot trace.
+    #[serde(default)]
+    pub boot: Option<Digest>,
 }
 
 /// What a daemon asks.

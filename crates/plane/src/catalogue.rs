@@ -99,6 +99,7 @@ impl Plane {
             }
             let mut needed: Vec<Digest> = map.frames().collect();
             needed.extend(map.pages());
+            needed.extend(disk.boot);
             store.locate_all(&needed).await.map_err(|e| wrong(e.to_string()))?;
         }
         Ok(infos)

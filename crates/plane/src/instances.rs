@@ -268,6 +268,7 @@ impl Plane {
             OperationRequest::Update { to } => OperationKind::Update { to: self.target(&row, to).await? },
             OperationRequest::Rollback { with_data } => OperationKind::Rollback { with_data },
             OperationRequest::Restart => OperationKind::Restart,
+            OperationRequest::Trace => OperationKind::Trace,
             OperationRequest::Logs { lines } => OperationKind::Logs { lines },
             OperationRequest::Delete { data } => OperationKind::Delete { data },
         };

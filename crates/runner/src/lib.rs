@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod gate;
 mod machine;
 mod probe;
@@ -42,6 +43,10 @@ impl Layout {
     /// How it ended.
     pub fn end(&self) -> PathBuf {
         self.dir.join("end.json")
+    }
+    /// Which blocks the guest read until it was up.
+    pub fn trace(&self) -> PathBuf {
+        self.dir.join("trace.json")
     }
     /// Entered only by the user that QEMU runs as; the disks are mounted in it.
     pub fn guarded(&self) -> PathBuf {

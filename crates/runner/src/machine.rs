@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::gate::Gate;
 use crate::state::{NotStarted, Order, Shared};
-use crate::{Layout, OpenSource, probe, serve};
+use crate::{Layout, OpenSource, ahead, probe, serve};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
@@ -56,6 +56,7 @@ async fn start(
     let cache = Cache::open(&config.cache).map_err(NotStarted::step("cannot open the host's cache"))?;
     let gate = Gate::reserve(&config.ports).map_err(NotStarted::step("the ports are not to be had"))?;
     let shared = Arc::new(Shared::new(config, Arc::new(FrameStore::new(cache, source)), gate, orders));
+    let _ = std::fs::remove_file(layout.trace());
     let _ = std::fs::remove_file(layout.socket());
     let listener = UnixListener::bind(layout.socket()).map_err(NotStarted::step("cannot listen for the daemon"))?;
     tokio::spawn(serve::serve(listener, shared.clone()));
@@ -65,7 +66,8 @@ async fn start(
     let mount = mount(layout, &shared.config, &disks)?;
     match launch(layout, &shared).await {
         Ok((vm, events)) => {
-            tokio::spawn(fetch_the_rest(shared.clone(), disks));
+            tokio::spawn(ahead::record(shared.clone(), disks.clone(), layout.trace()));
+            tokio::spawn(ahead::fetch(shared.clone(), disks));
             Ok(Running { shared, vm, events, mount, layout: layout.clone() })
         }
         Err(error) => {
@@ -219,23 +221,6 @@ async fn forward_port(vm: &vmm::Vm, shared: &Shared, port: u16) -> Result<(), St
         shared.status().forwards.push((port, at));
     }
     Ok(())
-}
-
-/// Fetches what the guest did not ask for yet, so that it soon depends on nobody.
-async fn fetch_the_rest(shared: Arc<Shared>, disks: Vec<Arc<Disk>>) {
-    let frames: Vec<_> = disks.iter().filter_map(|disk| disk.image()).flat_map(|image| image.frames()).collect();
-    loop {
-        let missing = frames.iter().filter(|frame| !shared.store.cache().has(frame)).count();
-        shared.status().frames_missing = Some(missing as u64);
-        if missing == 0 {
-            return;
-        }
-        let result = shared.store.prefetch(&frames, &|_| {}).await;
-        if let Err(error) = result {
-            tracing::warn!(%error, "fetching ahead pauses");
-            sleep(Duration::from_secs(3)).await;
-        }
-    }
 }
 
 impl Running {

@@ -20,10 +20,29 @@ use crate::{Encoding, FrameError, PackInfo, Source, SourceError, decode, decode_
 
 /// Frames kept decoded in memory (8 MiB).
 const RECENT: usize = 64;
-/// Bytes asked for in one request when fetching many frames.
-const REQUEST_BYTES: u64 = 4 << 20;
-/// Requests under way at once.
-const REQUESTS: usize = 4;
+/// How many frames are fetched.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Bytes asked for in one request.
+    request_bytes: u64,
+    /// Requests under way at once.
+    requests: usize,
+    /// Whether the order is the caller's, in place of the packs'.
+    ordered: bool,
+    /// Whether what is in the cache is fetched too.
+    anew: bool,
+}
+
+impl Pace {
+    /// As fast as possible.
+    pub const BULK: Self = Self { request_bytes: 4 << 20, requests: 4, ordered: false, anew: false };
+    /// Beside a guest that reads: a reader waits for the request that its frame is in.
+    pub const BESIDE: Self = Self { request_bytes: 512 << 10, requests: 4, ordered: false, anew: false };
+    /// In the order in which a guest will read.
+    pub const AHEAD: Self = Self { request_bytes: 256 << 10, requests: 2, ordered: true, anew: false };
+    /// To look at everything.
+    const ANEW: Self = Self { anew: true, ..Self::BULK };
+}
 
 /// Why a frame is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -325,15 +344,20 @@ impl FrameStore {
             plain.extend(bases.iter().filter(|base| seen.insert(**base)).filter_map(|base| locator.forms.plain(base)));
         }
         let (frames, found) = (plain.len() as u64, deltas.len() as u64);
-        let mut moved = self.fetch_sound(plain, progress).await?;
+        let mut moved = self.fetch_sound(plain, Pace::ANEW, progress).await?;
         deltas.retain(|piece| piece.bases.iter().all(|base| self.cache.has(base)));
         let checked = deltas.len() as u64;
-        moved += self.fetch_sound(deltas, progress).await?;
+        moved += self.fetch_sound(deltas, Pace::ANEW, progress).await?;
         Ok(Checked { bytes: moved, frames, deltas: checked, deltas_without_bases: found - checked })
     }
 
-    async fn fetch_sound(&self, pieces: Vec<Piece>, progress: &(dyn Fn(u64) + Sync)) -> Result<u64, FetchError> {
-        let (moved, failed) = self.fetch_all(pieces, progress).await?;
+    async fn fetch_sound(
+        &self,
+        pieces: Vec<Piece>,
+        pace: Pace,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<u64, FetchError> {
+        let (moved, failed) = self.fetch_all(pieces, pace, progress).await?;
         failed.into_iter().next().map_or(Ok(moved), |(_, error)| Err(error))
     }
 
@@ -364,12 +388,22 @@ impl FrameStore {
     /// Fetches those of `digests` that are not in the cache, in few requests, and keeps them there. Tells `progress`
     /// of stored bytes as they come. Returns how many came.
     pub async fn prefetch(&self, digests: &[Digest], progress: &(dyn Fn(u64) + Sync)) -> Result<u64, FetchError> {
+        self.fetch_ahead(digests, Pace::BULK, progress).await
+    }
+
+    /// As [`prefetch`](Self::prefetch), at a pace. A reader of a frame that is on its way waits for it.
+    pub async fn fetch_ahead(
+        &self,
+        digests: &[Digest],
+        pace: Pace,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<u64, FetchError> {
         let mut pieces = self.choose(digests).await?;
         let differences = pieces.split_off(pieces.partition_point(|piece| piece.bases.is_empty()));
         let mut moved = 0;
         let mut passed_over = Vec::new();
         for pieces in [pieces, differences] {
-            let (bytes, failed) = self.fetch_all(pieces, progress).await?;
+            let (bytes, failed) = self.fetch_all(pieces, pace, progress).await?;
             moved += bytes;
             passed_over.extend(failed);
         }
@@ -381,22 +415,45 @@ impl FrameStore {
             pass_over(&piece, &error);
             again.push(self.plain(&piece.entry.digest).await?);
         }
-        Ok(moved + self.fetch_sound(again, progress).await?)
+        Ok(moved + self.fetch_sound(again, pace, progress).await?)
     }
 
     /// Fetches pieces; also returns those that the store refused or that are not sound.
     async fn fetch_all(
         &self,
-        pieces: Vec<Piece>,
+        mut pieces: Vec<Piece>,
+        pace: Pace,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(u64, Vec<(Piece, FetchError)>), FetchError> {
-        let requests = futures_util::stream::iter(group(pieces, REQUEST_BYTES));
-        let fetched = requests.map(|request| self.fetch_group(request, progress)).buffer_unordered(REQUESTS);
+        if !pace.ordered {
+            pieces.sort_by_key(|piece| (piece.pack, piece.entry.offset));
+        }
+        let requests = futures_util::stream::iter(group(pieces, pace.request_bytes));
+        let fetched =
+            requests.map(|request| self.fetch_new(request, pace.anew, progress)).buffer_unordered(pace.requests);
         let sum = |(sum, mut all): (u64, Vec<_>), (bytes, failed)| async move {
             all.extend(failed);
             Ok((sum + bytes, all))
         };
         fetched.try_fold((0, Vec::new()), sum).await
+    }
+
+    /// Leaves out what a reader fetched, or is fetching, since the group was made; unless all is wanted `anew`.
+    async fn fetch_new(
+        &self,
+        group: Group,
+        anew: bool,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(u64, Vec<(Piece, FetchError)>), FetchError> {
+        let mut turns = Turns { store: self, held: Vec::new() };
+        let pieces = group.0.into_iter().filter(|piece| anew || turns.take(&piece.entry.digest)).collect();
+        let (mut moved, mut failed) = (0, Vec::new());
+        for group in crate::locate::group(pieces, u64::MAX) {
+            let (bytes, wrong) = self.fetch_group(group, progress).await?;
+            moved += bytes;
+            failed.extend(wrong);
+        }
+        Ok((moved, failed))
     }
 
     async fn fetch_group(
@@ -496,6 +553,29 @@ impl FrameStore {
         let tail = tail.map_err(|source| FetchError::Source { frame: info.digest, source })?;
         self.counters.index_fetched.fetch_add(tail.len() as u64, Ordering::Relaxed);
         Ok(tail)
+    }
+}
+
+/// Frames that are on their way: readers wait for their turns in place of fetching them too.
+struct Turns<'a> {
+    store: &'a FrameStore,
+    held: Vec<(Digest, tokio::sync::OwnedMutexGuard<()>)>,
+}
+
+impl Turns<'_> {
+    /// False if the frame is here by now, or somebody else fetches it.
+    fn take(&mut self, digest: &Digest) -> bool {
+        let turn = lock(&self.store.busy).entry(*digest).or_default().clone();
+        let Ok(turn) = turn.try_lock_owned() else { return false };
+        self.held.push((*digest, turn));
+        !self.store.cache.has(digest)
+    }
+}
+
+impl Drop for Turns<'_> {
+    fn drop(&mut self) {
+        let mut busy = lock(&self.store.busy);
+        self.held.iter().for_each(|(digest, _)| _ = busy.remove(digest));
     }
 }
 

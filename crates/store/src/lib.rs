@@ -22,6 +22,7 @@ pub mod publish;
 mod similar;
 mod source;
 pub mod sparse;
+pub mod trace;
 
 pub use frame::{Encoding, FrameError, decode, decode_delta, encode};
 pub use source::{PackInfo, Source, SourceError};

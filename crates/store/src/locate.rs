@@ -112,9 +112,9 @@ impl Group {
     }
 }
 
-/// Joins neighbours into requests of at most `limit` bytes; gaps are never fetched, so what is counted is what moves.
-pub(crate) fn group(mut pieces: Vec<Piece>, limit: u64) -> Vec<Group> {
-    pieces.sort_by_key(|piece| (piece.pack, piece.entry.offset));
+/// Joins what follows each other in a pack into requests of at most `limit` bytes; gaps are never fetched, so what is
+/// counted is what moves.
+pub(crate) fn group(pieces: Vec<Piece>, limit: u64) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for piece in pieces {
         if let Some(last) = groups.last_mut() {
@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn neighbours_are_joined_up_to_the_limit() {
         let forms = forms();
-        let pieces: Vec<Piece> = [5, 0, 1, 3].iter().map(|n| forms.plain(&name(*n)).unwrap()).collect();
+        let pieces: Vec<Piece> = [0, 1, 3, 5].iter().map(|n| forms.plain(&name(*n)).unwrap()).collect();
         let sizes = |limit| group(pieces.clone(), limit).iter().map(|group| group.0.len()).collect::<Vec<_>>();
         assert_eq!(sizes(1 << 20), [2, 1, 1]);
         assert_eq!(sizes(1999), [1, 1, 1, 1]);

@@ -65,7 +65,7 @@ pub struct LeafExtent {
 /// Why a page is refused.
 #[derive(Debug, thiserror::Error)]
 #[error("page of the image's index is not sound: {0}")]
-pub struct PageError(&'static str);
+pub struct PageError(pub(crate) &'static str);
 
 /// How tall the tree of an image of `size` bytes is.
 pub fn height(size: u64) -> u16 {

@@ -18,6 +18,7 @@ use crate::known::{BlockHash, FrameHashes, PageHashes};
 use crate::pack::{EntryKind, Pack, PackBuilder, TARGET_PACK_BYTES};
 use crate::page::{self, FANOUT, LEAF_BLOCKS, Leaf, LeafExtent, Node, Root};
 use crate::similar::anchors;
+use crate::trace::Trace;
 use crate::{BLOCK, Encoding, FRAME_BLOCKS, encode};
 
 pub use crate::known::{KnownBlocks, PackHashes};
@@ -165,11 +166,31 @@ impl<'a> Publisher<'a> {
         self
     }
 
+    /// Takes up a boot trace and returns the name of its page.
+    pub fn add_trace(&mut self, trace: &Trace) -> io::Result<Digest> {
+        self.add_page(trace.encode())
+    }
+
     /// Takes up one disk and returns the image's name. `unused` are ranges (ascending) that no file system needs:
-    /// they become zeros.
-    pub fn add(&mut self, disk: &dyn DiskReader, unused: &[Range<u64>], progress: Progress) -> io::Result<Digest> {
+    /// they become zeros. New blocks of `boot` come first, in its order, so that a cold host fetches little else.
+    pub fn add(
+        &mut self,
+        disk: &dyn DiskReader,
+        unused: &[Range<u64>],
+        boot: &Trace,
+        progress: Progress,
+    ) -> io::Result<Digest> {
         let size = disk.size();
         let blocks = size.div_ceil(BLOCK);
+        let used_before = self.summary.used_bytes;
+        for range in boot.ranges(blocks) {
+            for start in range.clone().step_by(STEP_BLOCKS as usize) {
+                self.add_step(disk, start..range.end.min(start + STEP_BLOCKS), unused, &mut Vec::new())?;
+            }
+        }
+        // They share no frame with what follows; the pass over the whole disk finds them known.
+        self.close_frame();
+        self.summary.used_bytes = used_before;
         let mut extents: Vec<Extent> = Vec::new();
         let mut block = 0;
         while block < blocks {

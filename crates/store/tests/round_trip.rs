@@ -14,6 +14,7 @@ use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::{self, Pack};
 use collective_store::publish::{BaseReader, DiskReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
+use collective_store::trace::Trace;
 use collective_store::{BLOCK, PackInfo, Source, SourceError};
 use futures_util::future::BoxFuture;
 use proptest::prelude::*;
@@ -120,7 +121,7 @@ fn publish(shelf: &Shelf, disk: &[u8], version: Digest, base: Option<Digest>) ->
     let mut sink = ShelfSink(shelf);
     let contents = Contents(contents);
     let mut publisher = Publisher::new(known, &mut sink).with_bases(&contents);
-    let image = publisher.add(&Memory(disk.to_vec()), &[], &|_| {}).unwrap();
+    let image = publisher.add(&Memory(disk.to_vec()), &[], &Trace::default(), &|_| {}).unwrap();
     let (packs, summary) = publisher.finish().unwrap();
     let infos = packs.into_iter().map(|digest| info(shelf, digest)).collect();
     shelf.lists.lock().unwrap().insert(version, infos);
@@ -418,7 +419,7 @@ fn unused_ranges_become_zeros() {
     let mut sink = ShelfSink(&shelf);
     let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
     let unused = [10 * BLOCK..20 * BLOCK, 50 * BLOCK..51 * BLOCK];
-    let image = publisher.add(&Memory(disk.clone()), &unused, &|_| {}).unwrap();
+    let image = publisher.add(&Memory(disk.clone()), &unused, &Trace::default(), &|_| {}).unwrap();
     let (packs, summary) = publisher.finish().unwrap();
     assert_eq!(summary.used_bytes, 89 * BLOCK);
     let list = vec![info(&shelf, packs[0])];

@@ -9,8 +9,10 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use collective_store::BLOCK;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
+use collective_store::trace::Trace;
 
 use crate::layer::{Layer, LayerError};
+use crate::recorder::Recorder;
 
 /// A chain has at most this many layers.
 pub const MAX_LAYERS: usize = 255;
@@ -36,6 +38,7 @@ pub struct Disk {
     owner: Vec<AtomicU8>,
     /// Blocks with an owner other than the image.
     own: AtomicU64,
+    recorder: Recorder,
     /// Shared by all who change blocks; alone while old content goes into a block that is not in the top layer yet, so
     /// that it cannot overwrite what another wrote there meanwhile. Never held while something is fetched.
     settling: RwLock<()>,
@@ -80,7 +83,9 @@ impl Disk {
                 own += u64::from(slot.swap(i as u8 + 1, Ordering::Relaxed) == 0);
             }
         }
-        Self { size, image, store, layers, owner, own: AtomicU64::new(own), settling: RwLock::new(()) }
+        let recorder = Recorder::new(owner.len() as u64);
+        let own = AtomicU64::new(own);
+        Self { size, image, store, layers, owner, own, recorder, settling: RwLock::new(()) }
     }
 
     /// In bytes.
@@ -96,6 +101,11 @@ impl Disk {
     /// The image's data frames.
     pub fn image(&self) -> Option<&Arc<ImageMap>> {
         self.image.as_ref()
+    }
+
+    /// Stops noting which blocks of the image are read, and gives them in the order of the first time.
+    pub fn stop_recording(&self) -> Trace {
+        self.recorder.stop()
     }
 
     fn top(&self) -> u8 {
@@ -142,6 +152,7 @@ impl Disk {
                 Piece::Zeros => {}
                 Piece::Layer(layer) => self.layers[layer].read(at, part)?,
                 Piece::Frame { digest, length, from } => {
+                    self.recorder.note(at / BLOCK..(at + count as u64).div_ceil(BLOCK));
                     match self.store.at_hand(&digest, length).map_err(|e| unreadable(&e))? {
                         Some(frame) => copy(&frame, from, part)?,
                         None => return Ok(None),
@@ -165,6 +176,7 @@ impl Disk {
                 Piece::Zeros => {}
                 Piece::Layer(layer) => self.layers[layer].read(at, part)?,
                 Piece::Frame { digest, length, from } => {
+                    self.recorder.note(at / BLOCK..(at + count as u64).div_ceil(BLOCK));
                     let frame = self.store.frame_patiently(&digest, length).await.map_err(|e| unreadable(&e))?;
                     copy(&frame, from, part)?;
                 }

@@ -9,6 +9,7 @@ mod backing;
 mod disk;
 mod layer;
 mod mount;
+mod recorder;
 
 #[cfg(test)]
 mod power_cut;

@@ -180,6 +180,9 @@ impl Verify {
             needed.extend_from_slice(map.pages());
             pages += map.pages().len();
         }
+        let traces: Vec<Digest> = manifest.disks.iter().filter_map(|disk| disk.boot).collect();
+        needed.extend_from_slice(&traces);
+        pages += traces.len();
         needed.sort_unstable();
         needed.dedup();
         let bar = ui.bytes("verifying", detail.packs.iter().map(|pack| pack.size).sum());

@@ -15,6 +15,7 @@ mod reach;
 mod runner;
 mod settings;
 mod store;
+mod trace;
 mod up;
 
 use std::process::ExitCode;
@@ -52,6 +53,7 @@ pub enum Command {
     Doctor(doctor::Doctor),
     Build(build::Build),
     Import(import::Import),
+    Trace(trace::Trace),
     Publish(publish::Publish),
     Export(export::Export),
     Search(catalogue::Search),
@@ -111,6 +113,7 @@ impl Command {
             Self::Down(command) => command.run(ui).await.map(done),
             Self::Build(command) => command.run(ui).map(done),
             Self::Import(command) => command.run(ui).map(done),
+            Self::Trace(command) => command.run(ui).await.map(done),
             Self::Doctor(command) => command.run(ui).await,
             Self::Runner(command) => command.run().await,
             Self::Completion(command) => command.run(ui).map(done),
@@ -160,7 +163,7 @@ impl Command {
             Self::Token(command) => command.run(ui, client).await?,
             Self::Up(_) | Self::Down(_) | Self::Build(_) | Self::Runner(_) | Self::Doctor(_) => {}
             Self::Import(_) | Self::Completion(_) | Self::Version(_) | Self::Host(_) => {}
-            Self::Ssh(_) | Self::Cp(_) => {}
+            Self::Ssh(_) | Self::Cp(_) | Self::Trace(_) => {}
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -3,7 +3,7 @@
 //! Interrupted at any instant, it is simply repeated: packs are made the same way again, those that arrived are not
 //! sent again, and the version becomes visible with its manifest, which comes last.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,32 +22,51 @@ use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
 use collective_store::pack::Pack;
 use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
+use collective_store::trace::Trace;
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 
 use crate::connect::{cache_dir, config_dir};
 use crate::ui::Ui;
 
+/// What `collective trace` writes into the folder of a version.
+pub(super) const BOOT_FILE: &str = "boot.json";
+
 /// Publish a version of an appliance
 ///
 /// DIR has an appliance.toml and the disk files it names, as `collective build` makes them. Only blocks that no
-/// earlier version has are sent. The version is signed with the publisher's key, which is created on first use.
+/// earlier version has are sent. With a boot.json, from `collective trace`, what the machine reads while it boots is stored
+/// first. The version is signed with the publisher's key, which is created on first use.
 ///
 /// Example: collective publish appliances/notes/build/1
 #[derive(Debug, clap::Args)]
 pub struct Publish {
     /// The folder with appliance.toml and the disk files
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     /// The channel that moves to this version
     #[arg(long, default_value = "stable")]
-    channel: Name,
+    pub(super) channel: Name,
     /// The version's name, in place of the one in appliance.toml
     #[arg(long = "as", value_name = "VERSION")]
-    version: Option<VersionName>,
+    pub(super) version: Option<VersionName>,
+}
+
+/// What became of a publish.
+pub(super) struct Published {
+    pub appliance: ApplianceName,
+    view: VersionView,
+    summary: Summary,
+    sent: u64,
 }
 
 impl Publish {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let published = self.carry_out(ui, client).await?;
+        show(ui, &self.channel, &published);
+        Ok(())
+    }
+
+    pub(super) async fn carry_out(&self, ui: &Ui, client: &Client) -> Result<Published> {
         let recipe = read_recipe(&self.dir)?;
         let version = self.version.clone().or_else(|| recipe.version.clone());
         let version = version.ok_or_else(|| {
@@ -60,6 +79,7 @@ impl Publish {
             ui.hint(format!("made a key for publisher \"{}\": {} (keep a copy)", recipe.publisher, path.display()));
         }
         let disks = open_disks(&self.dir, &recipe)?;
+        let boot = boot_traces(&self.dir)?;
         for (disk, note) in
             disks.iter().flat_map(|d| d.content.iter().flat_map(move |c| c.notes.iter().map(move |n| (d, n))))
         {
@@ -75,7 +95,7 @@ impl Publish {
         };
         let uploads = Uploads::new(client, &appliance)?;
         let bar = ui.bytes("reading", disks.iter().map(|disk| disk.size).sum());
-        let (images, packs, summary) = cut(known, bases, disks, uploads.clone(), bar).await?;
+        let (images, packs, summary) = cut(known, bases, disks, boot, uploads.clone(), bar).await?;
         let manifest = manifest(&recipe, &version, images);
         manifest.check()?;
         let signed = self.sign(client, manifest, &key, published.as_ref()).await?;
@@ -85,8 +105,7 @@ impl Publish {
             .await?;
         lease.end().await;
         self.move_channel(client, &appliance, digest, &key).await?;
-        show(ui, &appliance, &view, &self.channel, &summary, uploads.sent.load(Ordering::Relaxed));
-        Ok(())
+        Ok(Published { appliance, view, summary, sent: uploads.sent.load(Ordering::Relaxed) })
     }
 
     /// The signed manifest; the very same one where this content is published under this name already.
@@ -139,7 +158,20 @@ impl Publish {
     }
 }
 
-fn show(ui: &Ui, appliance: &ApplianceName, view: &VersionView, channel: &Name, summary: &Summary, sent: u64) {
+/// What `collective trace` noted, by disk.
+fn boot_traces(folder: &Path) -> Result<BTreeMap<Name, Trace>> {
+    let path = folder.join(BOOT_FILE);
+    match std::fs::read(&path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| {
+            format!("{} is wrong; remove it, or make it anew with `collective trace`", path.display())
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+fn show(ui: &Ui, channel: &Name, published: &Published) {
+    let Published { appliance, view, summary, sent } = published;
     let value = serde_json::json!({
         "appliance": appliance, "version": view.version, "digest": view.digest, "channel": channel,
         "disk_bytes": summary.disk_bytes, "used_bytes": summary.used_bytes, "new_bytes": summary.new_bytes,
@@ -155,7 +187,7 @@ fn show(ui: &Ui, appliance: &ApplianceName, view: &VersionView, channel: &Name, 
             ByteSize(summary.new_bytes),
             ByteSize(summary.stored_bytes),
             ByteSize(summary.index_bytes),
-            ByteSize(sent)
+            ByteSize(*sent)
         ));
         if summary.delta_frames > 0 {
             ui.line(format!(
@@ -371,6 +403,7 @@ async fn cut(
     known: KnownBlocks,
     bases: Option<Bases>,
     disks: Vec<PreparedDisk>,
+    boot: BTreeMap<Name, Trace>,
     mut uploads: Uploads,
     bar: ProgressBar,
 ) -> Result<(Vec<Disk>, Vec<Digest>, Summary)> {
@@ -382,11 +415,13 @@ async fn cut(
         let mut images = Vec::new();
         let mut before = 0;
         for prepared in disks {
+            let trace = boot.get(&prepared.disk.name);
             let image = match &prepared.content {
                 None => None,
                 Some(content) => {
                     let progress = |done: u64| bar.set_position(before + done);
-                    let image = publisher.add(&content.file, &content.unused, &progress);
+                    let image =
+                        publisher.add(&content.file, &content.unused, trace.unwrap_or(&Trace::default()), &progress);
                     Some(image.with_context(|| format!("cannot publish disk \"{}\"", prepared.disk.name))?)
                 }
             };
@@ -397,6 +432,7 @@ async fn cut(
                 writes: prepared.disk.writes,
                 size: ByteSize(prepared.size),
                 image,
+                boot: trace.filter(|_| image.is_some()).map(|trace| publisher.add_trace(trace)).transpose()?,
             });
         }
         let (packs, summary) = publisher.finish().context("cannot finish the upload")?;

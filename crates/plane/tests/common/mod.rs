@@ -10,6 +10,7 @@ use collective_model::{Digest, InstanceId, Manifest, Observed, Timestamp};
 use collective_plane::{Listening, Plane, PlaneConfig, serve};
 use collective_store::pack::Pack;
 use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::trace::Trace;
 
 pub struct Site {
     folder: tempfile::TempDir,
@@ -42,7 +43,7 @@ impl Site {
         let mut sink = Collected(Vec::new());
         let (image, packs) = {
             let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
-            let image = publisher.add(&Pattern(seed), &[], &|_| {}).unwrap();
+            let image = publisher.add(&Pattern(seed), &[], &Trace::default(), &|_| {}).unwrap();
             (image, publisher.finish().unwrap().0)
         };
         for pack in sink.0 {

@@ -16,6 +16,7 @@ use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
 use collective_store::pack::Pack;
 use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::trace::Trace;
 use collective_store::{PackInfo, Source, SourceError};
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
@@ -106,7 +107,7 @@ pub async fn store_of(folder: &Path, shelf: &Arc<Shelf>) -> Arc<FrameStore> {
 pub async fn image_of(shelf: &Shelf, store: &FrameStore, content: &[u8]) -> Arc<ImageMap> {
     let mut sink = ShelfSink(shelf);
     let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
-    let root = publisher.add(&Memory(content.to_vec()), &[], &|_| {}).unwrap();
+    let root = publisher.add(&Memory(content.to_vec()), &[], &Trace::default(), &|_| {}).unwrap();
     publisher.finish().unwrap();
     Arc::new(ImageMap::load(store, root).await.unwrap())
 }
