@@ -340,12 +340,13 @@ impl FrameStore {
                 plain.extend(locator.forms.plain(digest));
                 deltas.extend(locator.forms.deltas(digest));
             }
-            let bases: Vec<Digest> = deltas.iter().flat_map(|piece| piece.bases.iter().copied()).collect();
+            let bases: Vec<Digest> =
+                deltas.iter().flat_map(|piece| piece.bases.iter().map(|base| base.frame)).collect();
             plain.extend(bases.iter().filter(|base| seen.insert(**base)).filter_map(|base| locator.forms.plain(base)));
         }
         let (frames, found) = (plain.len() as u64, deltas.len() as u64);
         let mut moved = self.fetch_sound(plain, Pace::ANEW, progress).await?;
-        deltas.retain(|piece| piece.bases.iter().all(|base| self.cache.has(base)));
+        deltas.retain(|piece| piece.bases.iter().all(|base| self.cache.has(&base.frame)));
         let checked = deltas.len() as u64;
         moved += self.fetch_sound(deltas, Pace::ANEW, progress).await?;
         Ok(Checked { bytes: moved, frames, deltas: checked, deltas_without_bases: found - checked })
@@ -607,8 +608,8 @@ fn accept(cache: &Cache, piece: &Piece, stored: &[u8]) -> Result<Accepted, Fetch
     }
     let mut together = Vec::new();
     for base in bases.iter() {
-        let cached = cache.get(base)?.ok_or_else(|| damaged(FrameError::Bases))?;
-        together.extend_from_slice(&cached.content);
+        let cached = cache.get(&base.frame)?.ok_or_else(|| damaged(FrameError::Bases))?;
+        together.extend_from_slice(base.of(&cached.content));
     }
     let content = decode_delta(&entry.digest, stored, entry.length as usize, &together).map_err(damaged)?;
     let (encoding, stored): (Encoding, _) = encode(&content);

@@ -59,8 +59,10 @@ pub enum FrameError {
     Digest(Digest),
 }
 
-/// The zstd level for frames: 158 MB/s on one thread, 5 % larger than level 9 at four times its speed.
-const LEVEL: i32 = 3;
+/// The zstd level for frames where nothing else is asked for (docs/adr/0010).
+pub(crate) const LEVEL: i32 = 3;
+/// The level where bytes matter more than the maker's time.
+pub(crate) const SMALL_LEVEL: i32 = 19;
 
 /// The zstd level for differences: few bytes that many hosts fetch (docs/adr/0008).
 const DELTA_LEVEL: i32 = 6;
@@ -70,7 +72,12 @@ const DELTA_WINDOW_LOG: u32 = 20;
 
 /// Encodes `content`.
 pub fn encode(content: &[u8]) -> (Encoding, Vec<u8>) {
-    match zstd::bulk::compress(content, LEVEL) {
+    encode_at(LEVEL, content)
+}
+
+/// Encodes `content` at a level of zstd, 1 to 19: higher ones take longer and give less.
+pub(crate) fn encode_at(level: i32, content: &[u8]) -> (Encoding, Vec<u8>) {
+    match zstd::bulk::compress(content, level) {
         Ok(compressed) if compressed.len() < content.len() => (Encoding::Zstd, compressed),
         _ => (Encoding::Plain, content.to_vec()),
     }

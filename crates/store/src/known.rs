@@ -6,13 +6,22 @@ use collective_model::Digest;
 use rayon::prelude::*;
 
 use crate::BLOCK;
-use crate::pack::{self, EntryKind, PackError};
+use crate::pack::{self, Base, EntryKind, PART_BYTES, PackError};
 use crate::similar::{Similar, anchors};
 
-const MAGIC: &[u8; 4] = b"CLH2";
+const MAGIC: &[u8; 4] = b"CLH3";
+/// A part's number within its frame or page takes this many bits.
+const PART_BITS: u32 = 3;
 
 /// The BLAKE3 of one block.
 pub(crate) type BlockHash = [u8; 32];
+
+/// The anchors of each part of a frame or page.
+pub(crate) type PartAnchors = Vec<Vec<u32>>;
+
+pub(crate) fn part_anchors(content: &[u8]) -> PartAnchors {
+    content.chunks(PART_BYTES).map(anchors).collect()
+}
 
 /// What a maker remembers of a pack: names, block hashes and anchors, without the content.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,7 +36,7 @@ pub struct PackHashes {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PageHashes {
     pub digest: Digest,
-    pub anchors: Vec<u32>,
+    pub anchors: PartAnchors,
 }
 
 /// What a maker remembers of a frame.
@@ -35,7 +44,7 @@ pub(crate) struct PageHashes {
 pub(crate) struct FrameHashes {
     pub digest: Digest,
     pub blocks: Vec<BlockHash>,
-    pub anchors: Vec<u32>,
+    pub anchors: PartAnchors,
 }
 
 impl PackHashes {
@@ -49,31 +58,34 @@ impl PackHashes {
         for (entry, content) in directory.entries.iter().zip(contents?) {
             match entry.kind {
                 EntryKind::Page => {
-                    found.pages.push(PageHashes { digest: entry.digest, anchors: anchors(&content) });
+                    found.pages.push(PageHashes { digest: entry.digest, anchors: part_anchors(&content) });
                 }
                 EntryKind::Data => found.frames.push(FrameHashes {
                     digest: entry.digest,
                     blocks: content.chunks_exact(BLOCK as usize).map(|block| *blake3::hash(block).as_bytes()).collect(),
-                    anchors: anchors(&content),
+                    anchors: part_anchors(&content),
                 }),
             }
         }
         Ok(found)
     }
 
-    /// For a file: `"CLH2", u32 deltas, u32 pages, u32 frames, deltas x digest, pages x { digest, u16 anchors, anchors x
-    /// u32 }, frames x { digest, u16 anchors, anchors x u32, u16 blocks, blocks x hash }`, and the BLAKE3 of all that,
-    /// because a damaged memory would damage what is published.
+    /// For a file: `"CLH3", u32 deltas, u32 pages, u32 frames, deltas x digest, pages x { digest, anchors }, frames x {
+    /// digest, anchors, u16 blocks, blocks x hash }`, where anchors are `u8 parts, parts x { u16 count, count x u32 }`, and
+    /// the BLAKE3 of all that, because a damaged memory would damage what is published.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
         for count in [self.deltas.len(), self.pages.len(), self.frames.len()] {
             out.extend((count as u32).to_le_bytes());
         }
         self.deltas.iter().for_each(|digest| out.extend(digest.0));
-        let put = |out: &mut Vec<u8>, digest: &Digest, anchors: &[u32]| {
+        let put = |out: &mut Vec<u8>, digest: &Digest, parts: &[Vec<u32>]| {
             out.extend(digest.0);
-            out.extend((anchors.len() as u16).to_le_bytes());
-            anchors.iter().for_each(|anchor| out.extend(anchor.to_le_bytes()));
+            out.push(parts.len() as u8);
+            for anchors in parts {
+                out.extend((anchors.len() as u16).to_le_bytes());
+                anchors.iter().for_each(|anchor| out.extend(anchor.to_le_bytes()));
+            }
         };
         self.pages.iter().for_each(|page| put(&mut out, &page.digest, &page.anchors));
         for frame in &self.frames {
@@ -100,8 +112,12 @@ impl PackHashes {
         }
         let named = |rest: &mut &[u8]| {
             let digest = Digest(take(rest)?);
-            let anchors = u16::from_le_bytes(take(rest)?);
-            Some((digest, (0..anchors).map(|_| number(rest)).collect::<Option<Vec<_>>>()?))
+            let [parts] = take(rest)?;
+            let anchors = |rest: &mut &[u8]| {
+                let count = u16::from_le_bytes(take(rest)?);
+                (0..count).map(|_| number(rest)).collect::<Option<Vec<_>>>()
+            };
+            Some((digest, (0..parts).map(|_| anchors(rest)).collect::<Option<PartAnchors>>()?))
         };
         for _ in 0..pages {
             let (digest, anchors) = named(rest)?;
@@ -168,11 +184,13 @@ impl KnownBlocks {
         }
     }
 
-    fn resembles(&mut self, digest: &Digest, blocks: u16, anchors: &[u32]) -> u32 {
+    fn resembles(&mut self, digest: &Digest, blocks: u16, parts: &[Vec<u32>]) -> u32 {
         let number = self.frames.len() as u32;
         self.frames.push((*digest, blocks));
         if self.at_hosts.contains(digest) {
-            self.similar.learn(number, anchors);
+            for (part, anchors) in (0..).zip(parts) {
+                self.similar.learn(number << PART_BITS | part, anchors);
+            }
         }
         number
     }
@@ -182,9 +200,13 @@ impl KnownBlocks {
         self.similar.sort();
     }
 
-    /// The frames or pages at hosts that resemble one with these anchors, the best first.
-    pub(crate) fn bases(&self, anchors: &[u32]) -> Vec<Digest> {
-        self.similar.best(anchors).into_iter().map(|frame| self.frames[frame as usize].0).collect()
+    /// The parts of frames and pages at hosts that resemble a part with these anchors, the best first.
+    pub(crate) fn bases(&self, anchors: &[u32]) -> Vec<Base> {
+        let base = |number: u32| Base {
+            frame: self.frames[(number >> PART_BITS) as usize].0,
+            part: (number & ((1 << PART_BITS) - 1)) as u8,
+        };
+        self.similar.best(anchors).into_iter().map(base).collect()
     }
 
     /// All packs that have a frame or page, in any form.

@@ -1,6 +1,6 @@
 //! Whole machines as content-addressed images: cut, hashed, packed, published, fetched, verified.
 //!
-//! An **image** is an address space of 4 KiB [`BLOCK`]s. Blocks that are not zero lie in **frames** of up to 32
+//! An **image** is an address space of 4 KiB [`BLOCK`]s. Blocks that are not zero lie in **frames** of up to 128
 //! blocks, each named by the BLAKE3 of its content. A tree of **pages** says which blocks lie where; it is
 //! content-addressed too, and its root page names the image. Frames and pages travel in **packs**, immutable
 //! objects that any store can serve by range. `docs/formats/` has every byte.
@@ -29,7 +29,9 @@ pub use source::{PackInfo, Source, SourceError};
 
 /// The unit of identity, in bytes.
 pub const BLOCK: u64 = 4096;
-/// A frame holds at most this many blocks (128 KiB).
-pub const FRAME_BLOCKS: usize = 32;
+/// A frame holds at most this many blocks (512 KiB).
+pub const FRAME_BLOCKS: usize = 128;
+/// Differences are made against parts of frames of this many blocks (128 KiB), counted from the frame's first.
+pub const PART_BLOCKS: usize = 32;
 /// No page is longer than this, in bytes.
 pub const MAX_PAGE_BYTES: usize = 1 << 20;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use collective_model::{ApplianceName, Digest};
 
-use crate::pack::{Directory, Entry};
+use crate::pack::{Base, Directory, Entry};
 
 /// Bytes of a pack that give a frame or page.
 #[derive(Clone, Debug)]
@@ -16,7 +16,7 @@ pub(crate) struct Piece {
     pub pack: Digest,
     pub entry: Entry,
     /// What it differs from; empty where it stands for itself.
-    pub bases: Arc<[Digest]>,
+    pub bases: Arc<[Base]>,
 }
 
 #[derive(Clone)]
@@ -24,7 +24,7 @@ struct Form {
     /// Its place in `packs`.
     pack: u32,
     entry: Entry,
-    bases: Arc<[Digest]>,
+    bases: Arc<[Base]>,
 }
 
 /// The directories of packs.
@@ -47,7 +47,7 @@ impl Forms {
         let number = self.packs.len() as u32;
         self.packs.push((appliance.clone(), pack));
         self.known.insert(pack);
-        let nothing: Arc<[Digest]> = Arc::new([]);
+        let nothing: Arc<[Base]> = Arc::new([]);
         for entry in directory.entries {
             self.plain.insert(entry.digest, Form { pack: number, entry, bases: nothing.clone() });
         }
@@ -87,7 +87,7 @@ impl Forms {
         for digest in missing {
             let plain = self.plain.get(digest).ok_or(*digest)?;
             let mut fits = |form: &&Form| {
-                let mut known = |base: &Digest| *at_hand.entry(*base).or_insert_with(|| has(base));
+                let mut known = |base: &Base| *at_hand.entry(base.frame).or_insert_with(|| has(&base.frame));
                 form.entry.stored < plain.entry.stored && form.bases.iter().all(&mut known)
             };
             let deltas = self.deltas.get(digest).into_iter().flatten();
@@ -152,7 +152,7 @@ mod tests {
         forms.learn(&appliance, name(100), Directory { entries, deltas: Vec::new() });
         let delta = |n, stored, bases: &[u8]| Delta {
             entry: entry(n, stored, 8 + 100 * u64::from(n)),
-            bases: bases.iter().copied().map(name).collect(),
+            bases: bases.iter().map(|base| Base { frame: name(*base), part: 0 }).collect(),
         };
         let deltas = vec![delta(3, 200, &[0, 1]), delta(4, 300, &[0, 7]), delta(4, 100, &[3]), delta(5, 2000, &[0])];
         forms.learn(&appliance, name(101), Directory { entries: Vec::new(), deltas });

@@ -5,7 +5,7 @@
 //! bodies     stored forms, back to back
 //! directory  count x { digest[32] u8 kind u8 encoding u8 bases u8 0 u32 stored u32 length u64 offset }   (52 bytes each)
 //!            table x { digest[32] }            frames that deltas of this pack are made against
-//!            for each delta, in order: bases x { u32 index into the table }
+//!            for each delta, in order: bases x { u24 index into the table, u8 part of that frame }
 //! trailer    u64 directory offset, u32 count, u32 table, "CLPE"
 //! ```
 //! Integers are little-endian. A reader that knows a pack's size needs the last bytes only.
@@ -17,12 +17,16 @@ use collective_model::Digest;
 use rayon::prelude::*;
 
 use crate::similar::MAX_BASES;
-use crate::{BLOCK, Encoding, FRAME_BLOCKS, FrameError, MAX_PAGE_BYTES, decode};
+use crate::{BLOCK, Encoding, FRAME_BLOCKS, FrameError, MAX_PAGE_BYTES, PART_BLOCKS, decode};
 
 const MAGIC: &[u8; 8] = b"CLPK\x02\0\0\0";
 const END_MAGIC: &[u8; 4] = b"CLPE";
 const HEADER: u64 = 8;
 const ENTRY: u64 = 52;
+/// A part of a frame, in bytes.
+pub(crate) const PART_BYTES: usize = PART_BLOCKS * BLOCK as usize;
+/// No frame or page has more parts.
+const MAX_PARTS: u8 = (MAX_PAGE_BYTES / PART_BYTES) as u8;
 /// The trailer's length in bytes.
 pub const TRAILER: u64 = 20;
 /// No pack is longer than this, in bytes.
@@ -78,8 +82,24 @@ pub struct Directory {
 pub struct Delta {
     /// Its own entry.
     pub entry: Entry,
-    /// The frames to give to [`decode_delta`](crate::decode_delta), back to back in this order.
-    pub bases: Vec<Digest>,
+    /// What to give to [`decode_delta`](crate::decode_delta), back to back in this order.
+    pub bases: Vec<Base>,
+}
+
+/// Part of a frame or page: [`PART_BLOCKS`] of it, fewer at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Base {
+    /// Which.
+    pub frame: Digest,
+    /// Counted from its first.
+    pub part: u8,
+}
+
+impl Base {
+    /// Its bytes, of those of the frame; none where the frame ends before.
+    pub fn of<'a>(&self, content: &'a [u8]) -> &'a [u8] {
+        content.chunks(PART_BYTES).nth(self.part.into()).unwrap_or_default()
+    }
 }
 
 /// Why a pack is refused.
@@ -136,7 +156,7 @@ impl PackBuilder {
     }
 
     /// Appends a frame or page as a difference to others.
-    pub fn add_delta(&mut self, kind: EntryKind, digest: Digest, stored: &[u8], length: u32, bases: Vec<Digest>) {
+    pub fn add_delta(&mut self, kind: EntryKind, digest: Digest, stored: &[u8], length: u32, bases: Vec<Base>) {
         let entry = self.append(kind, digest, Encoding::Delta, stored, length);
         self.directory.deltas.push(Delta { entry, bases });
     }
@@ -167,11 +187,11 @@ impl PackBuilder {
         let mut references = Vec::new();
         for base in deltas.iter().flat_map(|delta| &delta.bases) {
             let next = table.len() as u32;
-            let index = *table.entry(*base).or_insert(next);
+            let index = *table.entry(base.frame).or_insert(next);
             if index == next {
-                self.bytes.extend_from_slice(&base.0);
+                self.bytes.extend_from_slice(&base.frame.0);
             }
-            references.extend_from_slice(&index.to_le_bytes());
+            references.extend_from_slice(&(index | u32::from(base.part) << 24).to_le_bytes());
         }
         self.bytes.extend_from_slice(&references);
         self.bytes.extend_from_slice(&start.to_le_bytes());
@@ -219,18 +239,21 @@ pub fn parse_directory(tail: &[u8], start: u64) -> Result<Directory, PackError> 
     let table = u32::from_le_bytes(array(trailer, 12)) as usize;
     let (entries, rest) = rest.split_at_checked(count.saturating_mul(ENTRY as usize)).ok_or(SHORT)?;
     let (table, references) = rest.split_at_checked(table.saturating_mul(32)).ok_or(SHORT)?;
-    let mut references = references.chunks_exact(4).map(|raw| u32::from_le_bytes(array(raw, 0)) as usize);
+    let mut references = references.chunks_exact(4).map(|raw| u32::from_le_bytes(array(raw, 0)));
     let mut base = || {
-        let from = references.next()?.checked_mul(32)?;
-        table.get(from..from + 32).map(|raw| Digest(array(raw, 0)))
+        let reference = references.next()?;
+        let (from, part) = ((reference & 0xff_ffff) as usize * 32, (reference >> 24) as u8);
+        let frame = table.get(from..from + 32).map(|raw| Digest(array(raw, 0)))?;
+        (part < MAX_PARTS).then_some(Base { frame, part })
     };
     let mut directory = Directory::default();
     for (index, raw) in entries.chunks_exact(ENTRY as usize).enumerate() {
         let wrong = |why| PackError::Entry { index, why };
         let (entry, count) = parse_entry(raw, start).map_err(wrong)?;
         if entry.encoding == Encoding::Delta {
-            let bases: Option<Vec<Digest>> = (0..count).map(|_| base()).collect();
-            let bases = bases.ok_or_else(|| wrong("it names a frame that is not in the table"))?;
+            let bases: Option<Vec<Base>> = (0..count).map(|_| base()).collect();
+            let bases =
+                bases.ok_or_else(|| wrong("it names a frame that is not in the table, or a part that cannot be"))?;
             directory.deltas.push(Delta { entry, bases });
         } else {
             directory.entries.push(entry);
@@ -317,7 +340,7 @@ mod tests {
             let content = vec![i; 4096 * (i as usize + 1)];
             let (encoding, stored) = crate::encode(&content);
             builder.add(EntryKind::Data, Digest::of(&content), encoding, &stored, content.len() as u32);
-            let bases = (0..=i).map(|base| Digest([base % 3; 32])).collect();
+            let bases = (0..=i).map(|base| Base { frame: Digest([base % 3; 32]), part: base % 8 }).collect();
             builder.add_delta(EntryKind::Data, Digest::of(&content), &[i; 9], content.len() as u32, bases);
         }
         builder.finish()

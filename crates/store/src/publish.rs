@@ -13,22 +13,21 @@ use std::ops::Range;
 use collective_model::Digest;
 use rayon::prelude::*;
 
-use crate::frame::encode_delta;
-use crate::known::{BlockHash, FrameHashes, PageHashes};
-use crate::pack::{EntryKind, Pack, PackBuilder, TARGET_PACK_BYTES};
+use crate::frame::{LEVEL, SMALL_LEVEL, encode_at, encode_delta};
+use crate::known::{BlockHash, FrameHashes, PageHashes, PartAnchors, part_anchors};
+use crate::pack::{Base, EntryKind, Pack, PackBuilder, TARGET_PACK_BYTES};
 use crate::page::{self, FANOUT, LEAF_BLOCKS, Leaf, LeafExtent, Node, Root};
-use crate::similar::anchors;
 use crate::trace::Trace;
-use crate::{BLOCK, Encoding, FRAME_BLOCKS, encode};
+use crate::{BLOCK, Encoding, FRAME_BLOCKS, PART_BLOCKS, encode};
 
 pub use crate::known::{KnownBlocks, PackHashes};
 
 /// Read at once: two leaves' worth.
 const STEP_BLOCKS: u64 = 4096;
-/// Frames compressed at once.
-const BATCH_FRAMES: usize = 128;
-/// Frames that become differences at once: their bases are in memory, at most 24 MiB.
-const DELTA_FRAMES: usize = 32;
+/// Bytes of frames that are compressed at once.
+const BATCH_BYTES: usize = 16 << 20;
+/// Frames that become differences at once: their bases are in memory, at most 48 MiB.
+const DELTA_FRAMES: usize = 16;
 
 /// A disk to publish.
 pub trait DiskReader: Sync {
@@ -90,6 +89,8 @@ pub struct Publisher<'a> {
     /// The frame being filled is `known.frames.last()` as long as this is not empty.
     open: NewFrame,
     waiting: Vec<NewFrame>,
+    waiting_bytes: usize,
+    level: i32,
     used_packs: HashSet<Digest>,
     summary: Summary,
 }
@@ -112,9 +113,9 @@ struct NewFrame {
 struct Encoded {
     digest: Digest,
     plain: (Encoding, Vec<u8>),
-    anchors: Vec<u32>,
-    /// Frames that it resembles, and what it is as a difference to these.
-    bases: Vec<Digest>,
+    anchors: PartAnchors,
+    /// What it resembles, and what it is as a difference to that.
+    bases: Vec<Base>,
     delta: Option<Vec<u8>>,
 }
 
@@ -154,6 +155,8 @@ impl<'a> Publisher<'a> {
             delta_pack: OpenPack::default(),
             open: NewFrame::default(),
             waiting: Vec::new(),
+            waiting_bytes: 0,
+            level: LEVEL,
             used_packs: HashSet::new(),
             summary: Summary::default(),
         }
@@ -164,6 +167,17 @@ impl<'a> Publisher<'a> {
     pub fn with_bases(mut self, bases: &'a dyn BaseReader) -> Self {
         self.bases = Some(bases);
         self
+    }
+
+    /// Compresses harder: fewer bytes for many times the work.
+    pub fn small(mut self) -> Self {
+        self.level = SMALL_LEVEL;
+        self
+    }
+
+    /// Blocks of a frame. What an update brings is cut as finely as it is compared with the old.
+    fn frame_blocks(&self) -> usize {
+        if self.bases.is_some() { PART_BLOCKS } else { FRAME_BLOCKS }
     }
 
     /// Takes up a boot trace and returns the name of its page.
@@ -247,9 +261,9 @@ impl<'a> Publisher<'a> {
         self.open.blocks.push(hash);
         self.known.by_hash.insert(hash, (frame, offset));
         self.summary.new_bytes += BLOCK;
-        if self.open.blocks.len() == FRAME_BLOCKS {
+        if self.open.blocks.len() == self.frame_blocks() {
             self.close_frame();
-            if self.waiting.len() >= BATCH_FRAMES {
+            if self.waiting_bytes >= BATCH_BYTES {
                 self.flush_frames()?;
             }
         }
@@ -258,6 +272,7 @@ impl<'a> Publisher<'a> {
 
     fn close_frame(&mut self) {
         if !self.open.content.is_empty() {
+            self.waiting_bytes += self.open.content.len();
             self.waiting.push(std::mem::take(&mut self.open));
         }
     }
@@ -265,9 +280,10 @@ impl<'a> Publisher<'a> {
     /// Compresses the frames that wait, on all cores, and packs them in their order.
     fn flush_frames(&mut self) -> io::Result<()> {
         let waiting = std::mem::take(&mut self.waiting);
-        let with_bases = self.bases.is_some();
+        self.waiting_bytes = 0;
+        let known = self.bases.map(|_| &self.known);
         let mut encoded: Vec<Encoded> =
-            waiting.par_iter().map(|frame| Encoded::of(&frame.content, &self.known, with_bases)).collect();
+            waiting.par_iter().map(|frame| Encoded::of(&frame.content, self.level, known)).collect();
         if let Some(bases) = self.bases {
             for (frames, encoded) in waiting.chunks(DELTA_FRAMES).zip(encoded.chunks_mut(DELTA_FRAMES)) {
                 add_deltas(frames, encoded, bases)?;
@@ -344,7 +360,7 @@ impl<'a> Publisher<'a> {
             let (encoding, stored) = encode(&content);
             self.summary.index_bytes += stored.len() as u64;
             self.pack.builder.add(EntryKind::Page, digest, encoding, &stored, content.len() as u32);
-            let anchors = anchors(&content);
+            let anchors = part_anchors(&content);
             self.add_page_delta(digest, &content, &anchors, stored.len())?;
             self.pack.hashes.pages.push(PageHashes { digest, anchors });
             self.close_pack_if(Which::Plain, TARGET_PACK_BYTES)?;
@@ -354,13 +370,22 @@ impl<'a> Publisher<'a> {
         Ok(digest)
     }
 
-    fn add_page_delta(&mut self, digest: Digest, content: &[u8], anchors: &[u32], plain: usize) -> io::Result<()> {
-        let Some(reader) = self.bases.filter(|_| content.len() <= FRAME_BLOCKS * BLOCK as usize) else { return Ok(()) };
+    fn add_page_delta(
+        &mut self,
+        digest: Digest,
+        content: &[u8],
+        anchors: &PartAnchors,
+        plain: usize,
+    ) -> io::Result<()> {
+        let (Some(reader), [anchors]) = (self.bases, anchors.as_slice()) else { return Ok(()) };
         let bases = self.known.bases(anchors);
         if bases.is_empty() {
             return Ok(());
         }
-        let delta = encode_delta(content, &reader.read(&bases)?.concat())?;
+        let frames: Vec<Digest> = bases.iter().map(|base| base.frame).collect();
+        let contents = reader.read(&frames)?;
+        let parts: Vec<&[u8]> = bases.iter().zip(&contents).map(|(base, content)| base.of(content)).collect();
+        let delta = encode_delta(content, &parts.concat())?;
         if is_worth(delta.len(), plain) {
             self.delta_pack.builder.add_delta(EntryKind::Page, digest, &delta, content.len() as u32, bases);
             self.delta_pack.hashes.deltas.push(digest);
@@ -385,16 +410,17 @@ enum Which {
 }
 
 impl Encoded {
-    fn of(content: &[u8], known: &KnownBlocks, with_bases: bool) -> Self {
-        let anchors = anchors(content);
-        let bases = if with_bases { known.bases(&anchors) } else { Vec::new() };
-        Self { digest: Digest::of(content), plain: encode(content), anchors, bases, delta: None }
+    /// Compared with `known`, if it is given; then the content is one part long at most.
+    fn of(content: &[u8], level: i32, known: Option<&KnownBlocks>) -> Self {
+        let anchors = part_anchors(content);
+        let bases = known.zip(anchors.first()).map_or_else(Vec::new, |(known, anchors)| known.bases(anchors));
+        Self { digest: Digest::of(content), plain: encode_at(level, content), anchors, bases, delta: None }
     }
 }
 
 /// Makes the differences that are worth keeping, on all cores. A frame that resembles nothing costs nothing here.
 fn add_deltas(frames: &[NewFrame], encoded: &mut [Encoded], reader: &dyn BaseReader) -> io::Result<()> {
-    let mut wanted: Vec<Digest> = encoded.iter().flat_map(|frame| &frame.bases).copied().collect();
+    let mut wanted: Vec<Digest> = encoded.iter().flat_map(|frame| &frame.bases).map(|base| base.frame).collect();
     wanted.sort_unstable();
     wanted.dedup();
     let contents: HashMap<Digest, Vec<u8>> = wanted.iter().copied().zip(reader.read(&wanted)?).collect();
@@ -402,8 +428,8 @@ fn add_deltas(frames: &[NewFrame], encoded: &mut [Encoded], reader: &dyn BaseRea
         if encoded.bases.is_empty() {
             return Ok(());
         }
-        let bases: Vec<u8> = encoded.bases.iter().flat_map(|base| contents[base].iter().copied()).collect();
-        let delta = encode_delta(&frame.content, &bases)?;
+        let bases: Vec<&[u8]> = encoded.bases.iter().map(|base| base.of(&contents[&base.frame])).collect();
+        let delta = encode_delta(&frame.content, &bases.concat())?;
         encoded.delta = is_worth(delta.len(), encoded.plain.1.len()).then_some(delta);
         Ok(())
     })

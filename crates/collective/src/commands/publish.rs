@@ -49,6 +49,9 @@ pub struct Publish {
     /// The version's name, in place of the one in appliance.toml
     #[arg(long = "as", value_name = "VERSION")]
     pub(super) version: Option<VersionName>,
+    /// Compress harder: some 5 % fewer bytes, for many times the work
+    #[arg(long)]
+    pub(super) small: bool,
 }
 
 /// What became of a publish.
@@ -95,7 +98,7 @@ impl Publish {
         };
         let uploads = Uploads::new(client, &appliance)?;
         let bar = ui.bytes("reading", disks.iter().map(|disk| disk.size).sum());
-        let (images, packs, summary) = cut(known, bases, disks, boot, uploads.clone(), bar).await?;
+        let (images, packs, summary) = cut(known, bases, disks, boot, self.small, uploads.clone(), bar).await?;
         let manifest = manifest(&recipe, &version, images);
         manifest.check()?;
         let signed = self.sign(client, manifest, &key, published.as_ref()).await?;
@@ -404,11 +407,15 @@ async fn cut(
     bases: Option<Bases>,
     disks: Vec<PreparedDisk>,
     boot: BTreeMap<Name, Trace>,
+    small: bool,
     mut uploads: Uploads,
     bar: ProgressBar,
 ) -> Result<(Vec<Disk>, Vec<Digest>, Summary)> {
     let work = move || -> Result<_> {
         let mut publisher = Publisher::new(known, &mut uploads);
+        if small {
+            publisher = publisher.small();
+        }
         if let Some(bases) = &bases {
             publisher = publisher.with_bases(bases);
         }

@@ -68,7 +68,12 @@ impl Trace {
             sleep(LOOK_EVERY).await;
         }
         let quiet = Ui::new(false, true);
-        let publish = Publish { dir: self.dir.clone(), channel: "stable".parse()?, version: Some("trace".parse()?) };
+        let publish = Publish {
+            dir: self.dir.clone(),
+            channel: "stable".parse()?,
+            version: Some("trace".parse()?),
+            small: false,
+        };
         let published = publish.carry_out(&quiet, client).await?;
         let name: Name = "trace".parse()?;
         let request = LaunchRequest {
