@@ -7,7 +7,7 @@ use std::process::Command;
 /// What lies in space that was never written by the file system: it must be seen to vanish, or not.
 pub const OLD_BYTE: u8 = 0xa5;
 
-/// Runs a program of e2fsprogs or util-linux, which may be outside of a user's PATH.
+/// Runs a program of those that make and check file systems, which may be outside of a user's PATH.
 pub fn run(program: &str, arguments: &[&str]) -> String {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let output = Command::new(program)
@@ -15,7 +15,7 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
         .env("PATH", path)
         .env("LC_ALL", "C")
         .output()
-        .unwrap_or_else(|error| panic!("{program} can not be run ({error}); install e2fsprogs and fdisk"));
+        .unwrap_or_else(|error| panic!("{program} can not be run ({error}); run deploy/install-deps test"));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} {arguments:?} failed: {text} {errors}");
@@ -23,6 +23,7 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
 }
 
 /// A tree with large, small, sparse and many files.
+#[allow(dead_code)] // Not every test needs it.
 pub fn make_tree(directory: &Path) -> PathBuf {
     let tree = directory.join("tree");
     fs::create_dir_all(tree.join("sub/deeper")).unwrap();
@@ -39,6 +40,7 @@ pub fn make_tree(directory: &Path) -> PathBuf {
 }
 
 /// An image with a file system whose free space holds old bytes, and from which some files were deleted.
+#[allow(dead_code)] // Not every test needs it.
 pub fn make_image(directory: &Path, mebibytes: usize, options: &[&str]) -> PathBuf {
     let image = directory.join("image");
     let tree = make_tree(directory);
