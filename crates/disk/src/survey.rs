@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::mbr::{FirstSector, Partition, Table};
 use crate::read::{Part, ReadAt, Stop, doubt};
-use crate::{ext4, gpt, mbr, ranges, signature, swap};
+use crate::{ext4, fat, gpt, mbr, ranges, signature, swap};
 
 /// Unused ranges are whole blocks of this many bytes, counted from the start of the disk: the unit of images.
 pub const BLOCK: u64 = 4096;
@@ -150,6 +150,11 @@ fn identify(part: &Part<'_>, found: &mut Found, place: &str, notes: &mut Vec<Str
             found.what = system.name();
             found.label = system.label().or(found.label.take());
             system.unused(|note| notes.push(format!("Of {place}: {note}.")))?
+        }
+        "vfat" => {
+            let system = fat::open(part)?;
+            found.label = system.label().or(found.label.take());
+            system.unused()?
         }
         "swap" => {
             let Some(space) = swap::find(part)? else { return Ok(Vec::new()) };
