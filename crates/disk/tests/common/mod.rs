@@ -1,21 +1,34 @@
 //! Real file systems for tests, made by e2fsprogs in a directory of their own.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// What lies in space that was never written by the file system: it must be seen to vanish, or not.
 pub const OLD_BYTE: u8 = 0xa5;
 
 /// Runs a program of those that make and check file systems, which may be outside of a user's PATH.
 pub fn run(program: &str, arguments: &[&str]) -> String {
+    run_with(program, arguments, "")
+}
+
+/// Runs it with something to read.
+pub fn run_with(program: &str, arguments: &[&str], input: &str) -> String {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new(program)
+    let child = Command::new(program)
         .args(arguments)
         .env("PATH", path)
         .env("LC_ALL", "C")
-        .output()
-        .unwrap_or_else(|error| panic!("{program} can not be run ({error}); run deploy/install-deps test"));
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child =
+        child.unwrap_or_else(|error| panic!("{program} can not be run ({error}); run deploy/install-deps test"));
+    // It may end before it has read all.
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    let output = child.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} {arguments:?} failed: {text} {errors}");
