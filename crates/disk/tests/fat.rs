@@ -166,7 +166,8 @@ fn a_table_in_doubt_has_nothing_unused_and_says_so() {
         });
         nothing("is not its own", &|image| image[fat.sub + 26..fat.sub + 28].copy_from_slice(&30_000u16.to_le_bytes()));
         nothing("does not begin as one does", &|image| image[fat.sub_content + 26] ^= 1);
-        nothing("goes on behind its end", &|image| image[fat.sub_content + 32] = 0);
+        nothing("does not begin as one does", &|image| image[fat.sub_content] = 0);
+        nothing("goes on behind its end", &|image| image[fat.sub_content + 64] = 0);
         nothing("impossible on this disk", &|image| image[13] = 3);
         nothing("impossible on this disk", &|image| image[16] = 3);
     }

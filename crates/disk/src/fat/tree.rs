@@ -75,6 +75,7 @@ impl Walk<'_> {
             let index = place.index;
             place.index += 1;
             match entry[0] {
+                MARK_END | MARK_DELETED if index < 2 && place.parent.is_some() => return no_beginning(),
                 MARK_END => place.has_ended = true,
                 MARK_DELETED => {}
                 // Linux goes on behind the end and shows what others do not.
@@ -87,26 +88,15 @@ impl Walk<'_> {
 
     fn entry(&mut self, entry: &[u8], index: usize, place: &Place) -> Result<(), Stop> {
         let attributes = entry[11] & ATTRIBUTES_KNOWN;
-        if attributes == ATTRIBUTES_LONG_NAME || attributes & ATTRIBUTE_LABEL != 0 {
-            return Ok(());
-        }
         let high = if self.geometry.kind == Kind::Fat32 { u32::from(entry.u16_at(20)) << 16 } else { 0 };
         let first = high | u32::from(entry.u16_at(26));
-        if let Some(parent) = place.parent {
-            // Every directory but the root begins with itself and what it is in.
-            let link = match index {
-                0 => Some((b".          ", place.own)),
-                1 => Some((b"..         ", parent)),
-                _ => None,
-            };
-            if let Some((name, target)) = link {
-                let is_right = &entry[..11] == name && attributes & ATTRIBUTE_DIRECTORY != 0 && first == target;
-                return if is_right {
-                    Ok(())
-                } else {
-                    doubt("a directory does not begin as one does; run fsck.fat on it")
-                };
-            }
+        if let (Some(parent), 0 | 1) = (place.parent, index) {
+            let (name, target) = if index == 0 { (b".          ", place.own) } else { (b"..         ", parent) };
+            let is_right = &entry[..11] == name && attributes & ATTRIBUTE_DIRECTORY != 0 && first == target;
+            return if is_right { Ok(()) } else { no_beginning() };
+        }
+        if attributes == ATTRIBUTES_LONG_NAME || attributes & ATTRIBUTE_LABEL != 0 {
+            return Ok(());
         }
         if attributes & ATTRIBUTE_DIRECTORY != 0 {
             self.waiting.push((first, place.own));
@@ -139,4 +129,9 @@ impl Walk<'_> {
             }
         }
     }
+}
+
+/// Every directory but the root begins with itself and what it is in.
+fn no_beginning() -> Result<(), Stop> {
+    doubt("a directory does not begin as one does; run fsck.fat on it")
 }
