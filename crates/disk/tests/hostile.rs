@@ -6,7 +6,7 @@ use std::fs;
 use std::sync::OnceLock;
 
 use collective_disk::{BLOCK, ReadAt, Survey, unused};
-use common::make_image;
+use common::{make_image, make_tree, run};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -27,6 +27,32 @@ fn images() -> &'static [Vec<u8>] {
                 fs::read(make_image(temp.path(), 8, options)).unwrap()
             })
             .collect()
+    })
+}
+
+/// Small FATs of every width and swap space, with where the boot sector, tables and directories end.
+fn others() -> &'static [(Vec<u8>, usize)] {
+    static OTHERS: OnceLock<Vec<(Vec<u8>, usize)>> = OnceLock::new();
+    OTHERS.get_or_init(|| {
+        let kinds: [(usize, &[&str], usize); 4] = [
+            (2 << 20, &["mkfs.vfat", "-F", "12", "-s", "4"], 32 << 10),
+            (5 << 20, &["mkfs.vfat", "-F", "16", "-s", "1"], 128 << 10),
+            (34 << 20, &["mkfs.vfat", "-F", "32", "-s", "1"], 600 << 10),
+            (1 << 20, &["mkswap"], 4096),
+        ];
+        let make = |(size, make, front): (usize, &[&str], usize)| {
+            let temp = tempfile::tempdir().unwrap();
+            let image = temp.path().join("image");
+            fs::write(&image, vec![0; size]).unwrap();
+            let path = image.to_str().unwrap();
+            run(make[0], &[&make[1..], &[path]].concat());
+            if make[0] == "mkfs.vfat" {
+                let tree = make_tree(temp.path());
+                run("mcopy", &["-i", path, "-s", tree.to_str().unwrap(), "::"]);
+            }
+            (fs::read(&image).unwrap(), front)
+        };
+        kinds.into_iter().map(make).collect()
     })
 }
 
@@ -85,6 +111,50 @@ proptest! {
         disk[512..520].copy_from_slice(b"EFI PART");
         for (place, value) in entries.into_iter().chain(rest) {
             disk[place] = value;
+        }
+        check(&unused(&disk).unwrap(), &disk);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn damaged_fats_and_swap_spaces(kind in 0usize..4, damage in vec((any::<usize>(), 0u8..3, values()), 1..6)) {
+        let (image, front) = &others()[kind];
+        let mut disk = image.clone();
+        for (place, region, value) in damage {
+            disk[place % [512, 4096, *front][usize::from(region)]] = value;
+        }
+        check(&unused(&disk).unwrap(), &disk);
+    }
+
+    #[test]
+    fn damaged_fields_of_boot_sectors_and_headers(kind in 0usize..4, place in 0usize..96, value in any::<u32>(), shift in 0u32..32) {
+        let (image, _) = &others()[kind];
+        let mut disk = image.clone();
+        let place = if kind == 3 { 1024 + place } else { place };
+        disk[place..place + 4].copy_from_slice(&(value >> shift).to_le_bytes());
+        check(&unused(&disk).unwrap(), &disk);
+    }
+
+    #[test]
+    fn truncated_fats_and_swap_spaces(kind in 0usize..4, length in any::<usize>(), is_short in any::<bool>()) {
+        let (image, front) = &others()[kind];
+        let disk = &image[..length % if is_short { *front } else { image.len() }];
+        check(&unused(&disk).unwrap(), disk);
+        // All of them reach to the end of what they are on, so none of them is whole.
+        prop_assert!(unused(&disk).unwrap().unused.is_empty() || image.len() - disk.len() < 4096);
+    }
+
+    #[test]
+    fn random_bytes_behind_a_mark(mark in 0usize..4, start in vec(any::<u8>(), 512..8192), size in 0usize..65536) {
+        let mut disk = start;
+        disk.resize(disk.len() + size, 0xff);
+        let (at, text): (usize, &[u8]) = [(82, &b"FAT32   "[..]), (54, b"FAT16   "), (54, b"FAT12   "), (4086, b"SWAPSPACE2")][mark];
+        if disk.len() >= 4096 {
+            disk[at..at + text.len()].copy_from_slice(text);
+            disk[510..512].copy_from_slice(&[0x55, 0xaa]);
         }
         check(&unused(&disk).unwrap(), &disk);
     }
