@@ -163,7 +163,7 @@ fn identify(part: &Part<'_>, found: &mut Found, place: &str, notes: &mut Vec<Str
         }
         "xfs" | "btrfs" => {
             return doubt(format!(
-                "it holds {name}, which is not looked into; run fstrim in the machine before it is shut down, so that free space becomes zeros"
+                "it holds {name}, which is not looked into; run fstrim in it before it is shut down, on a disk that takes discards, so that free space becomes zeros"
             ));
         }
         _ => return doubt(format!("it holds {name}, which is not looked into")),
