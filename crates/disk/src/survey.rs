@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::mbr::{FirstSector, Partition, Table};
 use crate::read::{Part, ReadAt, Stop, doubt};
-use crate::{ext4, fat, gpt, mbr, ranges, signature, swap};
+use crate::{ext4, fat, gpt, mbr, ranges, signature, swap, xfs};
 
 /// Unused ranges are whole blocks of this many bytes, counted from the start of the disk: the unit of images.
 pub const BLOCK: u64 = 4096;
@@ -25,7 +25,7 @@ pub struct Survey {
 /// Something with a name on the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// `mbr`, `gpt`, `ext2`, `ext3`, `ext4`, `vfat` (FAT of any width), `swap`, a format that is not looked into
+    /// `mbr`, `gpt`, `ext2`, `ext3`, `ext4`, `vfat` (FAT of any width), `swap`, `xfs`, a format that is not looked into
     /// (`btrfs`, `lvm`, ...), or `unknown`.
     pub what: &'static str,
     /// Where, in bytes of the disk.
@@ -52,8 +52,8 @@ pub struct DiskError {
     pub source: io::Error,
 }
 
-/// Surveys a raw disk. Reads some 4 KiB for every 128 MiB of it, the tables and directories of a FAT (bounded), and
-/// little more.
+/// Surveys a raw disk. Reads some 4 KiB for every 128 MiB of it, the tables and directories of a FAT and the log of XFS
+/// (both bounded), and little more.
 pub fn unused(disk: &dyn ReadAt) -> Result<Survey, DiskError> {
     let mut survey = Survey::default();
     let whole = Part::whole(disk);
@@ -161,7 +161,12 @@ fn identify(part: &Part<'_>, found: &mut Found, place: &str, notes: &mut Vec<Str
             found.label = space.label().or(found.label.take());
             space.unused()?
         }
-        "xfs" | "btrfs" => {
+        "xfs" => {
+            let system = xfs::open(part)?;
+            found.label = system.label().or(found.label.take());
+            system.unused()?
+        }
+        "btrfs" => {
             return doubt(format!(
                 "it holds {name}, which is not looked into; run fstrim in it before it is shut down, on a disk that takes discards, so that free space becomes zeros"
             ));

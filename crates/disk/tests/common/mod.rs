@@ -1,5 +1,8 @@
 //! Real file systems for tests, made by e2fsprogs in a directory of their own.
 
+#[allow(dead_code)] // Not every test needs it.
+pub mod mount;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use fatfs::{Dir, FileSystem, FsOptions};
 
+use crate::common::mount::Mount;
 use crate::common::{OLD_BYTE, run};
 use crate::compare::differences;
 use crate::fill::Random;
-use crate::mount::Mount;
 
 /// An image full of old bytes with a new file system.
 pub fn make(directory: &Path, mebibytes: usize, options: &[&str]) -> PathBuf {

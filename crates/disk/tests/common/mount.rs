@@ -3,6 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Every test of a program that mounts takes its turn: a process that another thread starts meanwhile would have the files
+/// that are open here for a moment, and what has open files cannot be unmounted.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A mounted image.
 pub struct Mount {
