@@ -2,7 +2,8 @@
 //!
 //! A published image need not carry what its file systems do not use, and more than half of the blocks that change
 //! in a security update are such (the measurement is why this crate exists). [`unused`] finds them by reading the
-//! partition table and ext2/3/4's own block bitmaps, and the contents of an empty journal.
+//! partition table, the block bitmaps of ext2/3/4 and the contents of an empty journal, the allocation tables of FAT, the
+//! B-trees of free space of XFS, and the headers of Linux swap space.
 //!
 //! The rule throughout is: *any doubt means used*. A file system that was not cleanly unmounted, whose checksums or
 //! counts do not agree, or that has a feature not known here gives no unused ranges and a note that says why.
@@ -14,12 +15,15 @@
 
 mod checksum;
 mod ext4;
+mod fat;
 mod gpt;
 mod mbr;
 mod ranges;
 mod read;
 mod signature;
 mod survey;
+mod swap;
+mod xfs;
 
 pub use read::ReadAt;
 pub use survey::{BLOCK, DiskError, Found, Survey, unused};

@@ -113,7 +113,7 @@ impl<'a> Part<'a> {
     }
 }
 
-/// Little-endian numbers in a structure. Beyond its end they are zero: callers read structures whose length they
+/// Numbers in a structure, little-endian unless named `be`. Beyond its end they are zero: callers read structures whose length they
 /// have checked.
 pub(crate) trait Fields {
     fn bytes<const N: usize>(&self, at: usize) -> [u8; N];
@@ -128,6 +128,14 @@ pub(crate) trait Fields {
 
     fn u64_at(&self, at: usize) -> u64 {
         u64::from_le_bytes(self.bytes(at))
+    }
+
+    fn be16_at(&self, at: usize) -> u16 {
+        u16::from_be_bytes(self.bytes(at))
+    }
+
+    fn be64_at(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.bytes(at))
     }
 
     fn be32_at(&self, at: usize) -> u32 {

@@ -4,8 +4,8 @@ use std::io;
 use std::ops::Range;
 
 use crate::mbr::{FirstSector, Partition, Table};
-use crate::read::{Part, ReadAt, Stop};
-use crate::{ext4, gpt, mbr, ranges, signature};
+use crate::read::{Part, ReadAt, Stop, doubt};
+use crate::{ext4, fat, gpt, mbr, ranges, signature, swap, xfs};
 
 /// Unused ranges are whole blocks of this many bytes, counted from the start of the disk: the unit of images.
 pub const BLOCK: u64 = 4096;
@@ -25,7 +25,8 @@ pub struct Survey {
 /// Something with a name on the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// `mbr`, `gpt`, `ext2`, `ext3`, `ext4`, a format that is not looked into (`vfat`, `swap`, `lvm`, ...), or `unknown`.
+    /// `mbr`, `gpt`, `ext2`, `ext3`, `ext4`, `vfat` (FAT of any width), `swap`, `xfs`, a format that is not looked into
+    /// (`btrfs`, `lvm`, ...), or `unknown`.
     pub what: &'static str,
     /// Where, in bytes of the disk.
     pub range: Range<u64>,
@@ -51,7 +52,8 @@ pub struct DiskError {
     pub source: io::Error,
 }
 
-/// Surveys a raw disk. Reads some 4 KiB for every 128 MiB of it, and little more.
+/// Surveys a raw disk. Reads some 4 KiB for every 128 MiB of it, the tables and directories of a FAT and the log of XFS
+/// (both bounded), and little more.
 pub fn unused(disk: &dyn ReadAt) -> Result<Survey, DiskError> {
     let mut survey = Survey::default();
     let whole = Part::whole(disk);
@@ -79,8 +81,9 @@ fn table_of(whole: &Part<'_>, survey: &mut Survey) -> Result<Option<Table>, Stop
         FirstSector::Protective => ("gpt", gpt::read(whole)?),
         FirstSector::Mbr(table) => ("mbr", table),
     };
-    if ext4::has_magic(whole)? {
-        return Err(Stop::Doubt("it has both a partition table and a file system over the whole disk".into()));
+    // As on a hybrid of a CD and a disk, where a partition is a file of the CD as well.
+    if let Some(name) = signature::marks(whole)?.first() {
+        return doubt(format!("it has both a partition table and {name} over the whole disk"));
     }
     survey.found.push(Found { what, range: whole.range(), partition: None, label: None });
     Ok(Some(table))
@@ -131,21 +134,45 @@ impl Survey {
 
 /// Names what a part holds, and returns its unused bytes (of the disk).
 fn identify(part: &Part<'_>, found: &mut Found, place: &str, notes: &mut Vec<String>) -> Result<Vec<Range<u64>>, Stop> {
-    let other = signature::recognise(part)?;
-    if !ext4::has_magic(part)? {
-        found.what = other.unwrap_or("unknown");
-        return Err(Stop::Doubt(match other {
-            Some(name) => format!("it holds {name}, which is not looked into"),
-            None => "no known file system was found on it".into(),
-        }));
-    }
-    if let Some(other) = other {
-        return Err(Stop::Doubt(format!("it bears the marks of both ext4 and {other}")));
-    }
-    let system = ext4::open(part)?;
-    found.what = system.name();
-    found.label = system.label().or(found.label.take());
+    let marks = signature::marks(part)?;
+    let name = match marks[..] {
+        [] => return doubt("no known file system was found on it"),
+        [name] => name,
+        [name, other, ..] => {
+            found.what = name;
+            return doubt(format!("it bears the marks of both {name} and {other}"));
+        }
+    };
+    found.what = name;
+    let unused = match name {
+        "ext4" => {
+            let system = ext4::open(part)?;
+            found.what = system.name();
+            found.label = system.label().or(found.label.take());
+            system.unused(|note| notes.push(format!("Of {place}: {note}.")))?
+        }
+        "vfat" => {
+            let system = fat::open(part)?;
+            found.label = system.label().or(found.label.take());
+            system.unused()?
+        }
+        "swap" => {
+            let Some(space) = swap::find(part)? else { return Ok(Vec::new()) };
+            found.label = space.label().or(found.label.take());
+            space.unused()?
+        }
+        "xfs" => {
+            let system = xfs::open(part)?;
+            found.label = system.label().or(found.label.take());
+            system.unused()?
+        }
+        "btrfs" => {
+            return doubt(format!(
+                "it holds {name}, which is not looked into; run fstrim in it before it is shut down, on a disk that takes discards, so that free space becomes zeros"
+            ));
+        }
+        _ => return doubt(format!("it holds {name}, which is not looked into")),
+    };
     let start = part.range().start;
-    let unused = system.unused(|note| notes.push(format!("Of {place}: {note}.")))?;
     Ok(unused.into_iter().map(|range| range.start + start..range.end + start).collect())
 }

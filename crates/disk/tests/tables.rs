@@ -140,7 +140,7 @@ impl ReadAt for Broken {
 #[test]
 fn a_disk_that_can_not_be_read_is_an_error() {
     let temp = tempfile::tempdir().unwrap();
-    let broken = Broken(file_system(temp.path(), &["-t", "ext4", "-b", "4096"]), 4096..4097);
+    let broken = Broken(file_system(temp.path(), &["-t", "ext4", "-b", "4096"]), 4200..4201);
     let error = unused(&broken).unwrap_err();
     assert_eq!(error.offset, 4096);
     assert!(
