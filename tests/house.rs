@@ -18,7 +18,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("plane", &["api", "keys", "store"]),
     ("maker", &["disk", "store"]),
     ("testkit", &[]),
-    ("collective", &["api", "host", "keys", "maker", "plane", "runner", "store", "vmm"]),
+    ("collective", &["api", "host", "keys", "maker", "plane", "runner", "store", "vmm", "volume"]),
 ];
 
 #[test]

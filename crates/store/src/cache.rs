@@ -20,6 +20,9 @@ const MAGIC: &[u8; 4] = b"CLF1";
 /// Use is noted in the file's time at most this often: writing it on every read would cost more than it tells.
 const NOTE_USE_EVERY: Duration = Duration::from_secs(3600);
 
+/// What the name of a decoded frame ends in.
+const DECODED: &str = "raw";
+
 /// The folder. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Cache {
@@ -53,9 +56,20 @@ impl Cache {
         Ok(Self { root: root.to_owned() })
     }
 
-    fn frame_path(&self, digest: &Digest) -> PathBuf {
+    pub(crate) fn frame_path(&self, digest: &Digest) -> PathBuf {
         let name = digest.to_string();
         self.root.join("frames").join(&name[..2]).join(&name[2..])
+    }
+
+    /// Where a frame is kept as it is, beside its stored form.
+    pub(crate) fn decoded_path(&self, digest: &Digest) -> PathBuf {
+        self.frame_path(digest).with_extension(DECODED)
+    }
+
+    /// Bytes that anybody may still write to the cache's file system.
+    pub(crate) fn space(&self) -> io::Result<u64> {
+        let found = rustix::fs::statvfs(&self.root)?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 
     /// Where the directory of a pack is kept.
@@ -66,6 +80,11 @@ impl Cache {
     /// Whether a frame is here; it may still turn out to be damaged.
     pub fn has(&self, digest: &Digest) -> bool {
         self.frame_path(digest).exists()
+    }
+
+    /// Bytes of a frame's stored form; 0 if it is not here.
+    pub(crate) fn stored_bytes(&self, digest: &Digest) -> u64 {
+        std::fs::metadata(self.frame_path(digest)).map_or(0, |meta| meta.len().saturating_sub(HEADER as u64))
     }
 
     /// The frame, verified, or `None`. A damaged file is removed and reported as missing.
@@ -97,10 +116,13 @@ impl Cache {
 
     /// Removes a frame, if it is here.
     pub fn remove(&self, digest: &Digest) -> io::Result<()> {
-        match std::fs::remove_file(self.frame_path(digest)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        for path in [self.decoded_path(digest), self.frame_path(digest)] {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     /// Waits until everything in the cache's file system is durable.
@@ -114,14 +136,15 @@ impl Cache {
         Ok(self.list()?.iter().map(|file| file.bytes).sum())
     }
 
-    /// Removes the frames used longest ago until at most `budget` bytes are left, but none of `pinned`.
+    /// Removes the frames used longest ago until at most `budget` bytes are left, but none of `pinned`. Decoded forms go
+    /// first, whatever is pinned: they are made again from the stored ones.
     pub fn evict(&self, budget: u64, pinned: &HashSet<Digest>) -> io::Result<Eviction> {
         let mut files = self.list()?;
         let mut eviction = Eviction { before: files.iter().map(|file| file.bytes).sum(), ..Default::default() };
-        files.sort_by_key(|file| file.used);
+        files.sort_by_key(|file| (!file.decoded, file.used));
         let mut size = eviction.before;
         for file in files {
-            let pinned = file.digest.is_some_and(|digest| pinned.contains(&digest));
+            let pinned = !file.decoded && file.digest.is_some_and(|digest| pinned.contains(&digest));
             if pinned {
                 eviction.pinned += file.bytes;
             } else if size > budget {
@@ -143,9 +166,11 @@ impl Cache {
                 // Another process may remove or rename it right now.
                 let Ok(meta) = entry.metadata() else { continue };
                 let name = format!("{}{}", prefix.to_string_lossy(), entry.file_name().to_string_lossy());
+                let stem = name.strip_suffix(DECODED).and_then(|name| name.strip_suffix('.'));
                 files.push(FrameFile {
                     path: entry.path(),
-                    digest: name.parse().ok(),
+                    digest: stem.unwrap_or(&name).parse().ok(),
+                    decoded: stem.is_some(),
                     bytes: meta.len(),
                     used: meta.modified().unwrap_or(SystemTime::UNIX_EPOCH),
                 });
@@ -159,6 +184,7 @@ struct FrameFile {
     path: PathBuf,
     /// None: a part that a killed process left behind.
     digest: Option<Digest>,
+    decoded: bool,
     bytes: u64,
     used: SystemTime,
 }
@@ -173,7 +199,7 @@ fn parse(digest: &Digest, bytes: &[u8]) -> Option<Vec<u8>> {
     decode(digest, encoding, stored, length).ok()
 }
 
-fn note_use(path: &Path) {
+pub(crate) fn note_use(path: &Path) {
     let Ok(file) = std::fs::File::open(path) else { return };
     let noted = file.metadata().and_then(|meta| meta.modified());
     if noted.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > NOTE_USE_EVERY)) {

@@ -13,13 +13,15 @@ use futures_util::stream::{StreamExt, TryStreamExt};
 use rayon::prelude::*;
 
 use crate::cache::Cache;
+use crate::decoded::Decoded;
 use crate::locate::{Forms, Group, Piece, group};
 use crate::pack::{self, Directory, EntryKind, PackError, TRAILER};
 use crate::page::PageError;
 use crate::{Encoding, FrameError, PackInfo, Source, SourceError, decode, decode_delta, encode};
 
-/// Frames kept decoded in memory (8 MiB).
-const RECENT: usize = 64;
+/// Frames kept in memory (8 MiB).
+const RECENT: usize = 16;
+
 /// How many frames are fetched.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
@@ -155,6 +157,7 @@ pub struct FrameStore {
     locator: tokio::sync::Mutex<Locator>,
     busy: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
     recent: Mutex<VecDeque<(Digest, Arc<Vec<u8>>)>>,
+    decoded: Decoded,
     counted: Mutex<HashSet<Digest>>,
     waiting: Mutex<Option<String>>,
     /// Bytes moved.
@@ -175,6 +178,7 @@ impl FrameStore {
             locator: Default::default(),
             busy: Default::default(),
             recent: Default::default(),
+            decoded: Decoded::new(),
             counted: Default::default(),
             waiting: Default::default(),
             counters: Default::default(),
@@ -213,6 +217,21 @@ impl FrameStore {
             self.counters.from_cache.fetch_add(cached.stored, Ordering::Relaxed);
         }
         Ok(Some(self.remember(*digest, cached.content)))
+    }
+
+    /// Fills `part` from byte `from` of a frame if that is at hand without the network; false if it is not.
+    pub fn read_at_hand(&self, digest: &Digest, length: u32, from: usize, part: &mut [u8]) -> Result<bool, FetchError> {
+        if self.decoded.read(&self.cache, digest, from as u64, part)? {
+            if lock(&self.counted).insert(*digest) {
+                self.counters.from_cache.fetch_add(self.cache.stored_bytes(digest), Ordering::Relaxed);
+            }
+            return Ok(true);
+        }
+        let Some(content) = self.at_hand(digest, length)? else { return Ok(false) };
+        let found = content.get(from..from + part.len());
+        part.copy_from_slice(found.ok_or_else(|| std::io::Error::other("an extent reaches beyond its frame"))?);
+        self.decoded.keep(&self.cache, digest, &content);
+        Ok(true)
     }
 
     fn remember(&self, digest: Digest, content: Vec<u8>) -> Arc<Vec<u8>> {

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cache;
+mod decoded;
 pub mod depot;
 pub mod fetch;
 mod frame;

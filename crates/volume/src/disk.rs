@@ -153,9 +153,8 @@ impl Disk {
                 Piece::Layer(layer) => self.layers[layer].read(at, part)?,
                 Piece::Frame { digest, length, from } => {
                     self.recorder.note(at / BLOCK..(at + count as u64).div_ceil(BLOCK));
-                    match self.store.at_hand(&digest, length).map_err(|e| unreadable(&e))? {
-                        Some(frame) => copy(&frame, from, part)?,
-                        None => return Ok(None),
+                    if !self.store.read_at_hand(&digest, length, from, part).map_err(|e| unreadable(&e))? {
+                        return Ok(None);
                     }
                 }
             }

@@ -8,6 +8,7 @@ use collective_store::trace::{MAX_RANGES, Trace};
 
 /// Takes notes until it is stopped.
 pub(crate) struct Recorder {
+    blocks: u64,
     on: AtomicBool,
     notes: Mutex<Notes>,
 }
@@ -21,7 +22,7 @@ struct Notes {
 impl Recorder {
     pub fn new(blocks: u64) -> Self {
         let notes = Notes { seen: vec![0; blocks.div_ceil(64) as usize], trace: Trace::default() };
-        Self { on: AtomicBool::new(true), notes: Mutex::new(notes) }
+        Self { blocks, on: AtomicBool::new(true), notes: Mutex::new(notes) }
     }
 
     /// These blocks are read.
@@ -31,7 +32,7 @@ impl Recorder {
         }
         let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
         let Notes { seen, trace } = &mut *notes;
-        for block in blocks {
+        for block in blocks.start..blocks.end.min(self.blocks) {
             let Some(word) = seen.get_mut((block / 64) as usize) else { return };
             let bit = 1 << (block % 64);
             let Ok(block) = u32::try_from(block) else { return };

@@ -17,7 +17,7 @@ use rustix::fs::FallocateFlags;
 use rustix::mount::UnmountFlags;
 use tokio::runtime::Runtime;
 
-const FRAME: usize = 128 << 10;
+const FRAME: usize = collective_store::FRAME_BLOCKS * 4096;
 
 /// A disk over an image of noise, mounted.
 struct Rig {

@@ -9,6 +9,7 @@ mod import;
 mod info;
 mod launch;
 mod lifecycle;
+mod mount;
 mod operations;
 mod publish;
 mod reach;
@@ -56,6 +57,7 @@ pub enum Command {
     Trace(trace::Trace),
     Publish(publish::Publish),
     Export(export::Export),
+    Mount(mount::Mount),
     Search(catalogue::Search),
     Show(catalogue::Show),
     Channels(catalogue::Channels),
@@ -130,6 +132,7 @@ impl Command {
             Self::Status(command) => command.run(ui, client).await?,
             Self::Publish(command) => command.run(ui, client).await?,
             Self::Export(command) => command.run(ui, client).await?,
+            Self::Mount(command) => command.run(ui, client).await?,
             Self::Search(command) => command.run(ui, client).await?,
             Self::Show(command) => command.run(ui, client).await?,
             Self::Channels(command) => command.run(ui, client).await?,
