@@ -13,8 +13,8 @@ use bytes::Bytes;
 use collective_api::{
     ApplianceView, ChannelHead, Collected, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView,
     JoinAnswer, JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PlaneStatus,
-    PowerRequest, PublishVersion, StoreView, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget, VersionDetail,
-    VersionView,
+    PowerRequest, PublishVersion, StoreStatus, StoreView, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
+    VersionDetail, VersionView,
 };
 use collective_keys::Signed;
 use collective_model::{ApplianceName, Digest, Name, OperationId, TunnelId};
@@ -104,6 +104,10 @@ async fn status(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Plane
         listen: plane.inner.public.as_ref().map(|(address, _)| address.clone()),
         hosts: plane.host_views().await?,
         instances: plane.database().instances().await?.len() as u64,
+        store: StoreStatus {
+            place: plane.depot().place().to_owned(),
+            trouble: plane.depot().trouble().map(|trouble| trouble.to_string()),
+        },
     }))
 }
 

@@ -10,6 +10,7 @@ use collective_api::{Client, Endpoint, HostView, JoinAnswer, JoinRequest, PlaneS
 use collective_host::create_folder;
 use collective_model::{ByteSize, Name};
 use collective_plane::{Listening, Plane, PlaneConfig};
+use collective_store::depot::{Access, Place};
 use serde::{Deserialize, Serialize};
 
 use super::hosts::{HostOptions, serve_host};
@@ -31,6 +32,12 @@ pub struct Up {
     /// Where everything is kept [default: /var/lib/collective, or ~/.local/share/collective]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Where packs are kept: s3://BUCKET/PREFIX, or "local" for the data folder [default: where they were kept so far]
+    ///
+    /// The way into a bucket comes from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
+    /// AWS_REGION, and AWS_ENDPOINT_URL for a store that is not Amazon's.
+    #[arg(long, value_name = "URL")]
+    store: Option<Place>,
     /// Let hosts and users of other machines in, by TLS, on this address
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
@@ -86,7 +93,13 @@ impl Up {
             };
         let bound = tcp.as_ref().map(|tcp| tcp.local_addr()).transpose()?.map(|address| address.to_string());
         let listen = self.advertise.clone().or(bound);
-        let (plane, tls) = Plane::open(&PlaneConfig { data: data.join("plane"), address: listen.clone() }).await?;
+        let config = PlaneConfig {
+            data: data.join("plane"),
+            store: self.store.clone(),
+            s3: Access::from_environment(),
+            address: listen.clone(),
+        };
+        let (plane, tls) = Plane::open(&config).await?;
         let listening = Listening { socket: socket(data), tcp };
         let plane = tokio::spawn(collective_plane::serve(plane, tls, listening));
         collective_host::write_json(&running_path(data), &Running { pid: std::process::id(), listen: listen.clone() })?;
@@ -305,6 +318,8 @@ fn show(ui: &Ui, status: &PlaneStatus) {
     ui.data(status, |ui| {
         let listen = status.listen.as_deref().unwrap_or("this machine only");
         ui.line(format!("plane {}, {} instances, reached from {listen}", status.version, status.instances));
+        ui.line(format!("store {}", status.store.place));
+        status.store.trouble.iter().for_each(|trouble| ui.line(format!("  warning: {trouble}")));
         status.hosts.iter().for_each(|host| show_host(ui, host));
     });
 }
