@@ -144,9 +144,7 @@ async fn put_pack(
 ) -> Answer<Json<()>> {
     caller.user()?;
     let (appliance, pack) = (appliance(&publisher, &name)?, parse(&pack)?);
-    if !plane.database().use_pack(&appliance, &pack).await? {
-        return Err(Failure::conflict(format!("pack {pack} is being removed just now; repeat the command")));
-    }
+    plane.make_way(&appliance, &pack).await?;
     plane.depot().put_pack(&appliance, pack, body).await?;
     Ok(Json(()))
 }

@@ -107,7 +107,8 @@ async fn packs_go_in_and_come_out_and_damaged_ones_are_replaced() {
     }
     let mut listed: Vec<_> = depot.list().await.unwrap().into_iter().map(|(_, digest, size)| (digest, size)).collect();
     let mut sent: Vec<_> = [pack(3, 1), pack(200, 2)].map(|(digest, bytes)| (digest, bytes.len() as u64)).into();
-    (listed.sort(), sent.sort());
+    listed.sort();
+    sent.sort();
     assert_eq!(listed, sent);
     for (digest, _) in sent {
         depot.remove_pack(&appliance(), &digest).await.unwrap();
@@ -217,6 +218,23 @@ async fn a_store_that_is_away_is_said_to_be_and_comes_back() {
     drop(server);
     let error = depot.read(&appliance(), &digest, 0..9).await.unwrap_err();
     assert_eq!(kind(&error), Some(TroubleKind::Away), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_falsified_on_the_way_to_the_store_is_not_taken() {
+    let server = Seaweed::start();
+    let proxy = FaultyProxy::to(server.port(), 1);
+    let depot = depot(proxy.port(), "false");
+    // One object; parts.
+    for (digest, bytes) in [pack(3, 1), pack(80, 2)] {
+        proxy.set(Weather::Always(Fault::FlipRequest));
+        let error = depot.put_pack(&appliance(), digest, bytes.clone()).await.unwrap_err();
+        assert!(error.to_string().contains("BadDigest"), "{error}");
+        proxy.set(Weather::Fair);
+        assert!(matches!(whole(&depot, &digest).await.unwrap_err(), DepotError::Missing(_)));
+        depot.put_pack(&appliance(), digest, bytes.clone()).await.unwrap();
+        assert!(whole(&depot, &digest).await.unwrap() == bytes);
+    }
 }
 
 /// Everything that can happen, by chance: what was acknowledged is there and whole, and errors can be read.

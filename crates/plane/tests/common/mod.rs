@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod crowd;
+
 use std::time::Duration;
 
 use collective_api::{

@@ -15,6 +15,8 @@ use super::{Depot, DepotError};
 /// Uploads are cut into parts of this many bytes, each sent, timed and tried again by itself: a whole pack of 64 MiB
 /// would not pass a line of 16 Mbit/s in the time of one request.
 pub(super) const PART: usize = 8 << 20;
+/// Before the first repetition.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Where a store's own rules of the region do not matter, every name does.
 const ANY_REGION: &str = "us-east-1";
 
@@ -167,8 +169,9 @@ impl Access {
     }
 
     fn retry(&self) -> RetryConfig {
-        let backoff =
-            BackoffConfig { init_backoff: Duration::from_millis(100), max_backoff: self.patience.pause, base: 2.0 };
+        // A longest pause below the first would be an empty range to choose from, and a panic.
+        let max_backoff = self.patience.pause.max(FIRST_PAUSE);
+        let backoff = BackoffConfig { init_backoff: FIRST_PAUSE, max_backoff, base: 2.0 };
         RetryConfig { backoff, max_retries: self.patience.retries, retry_timeout: self.patience.total }
     }
 
