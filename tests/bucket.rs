@@ -25,6 +25,8 @@ fn a_machine_from_a_bucket_waits_while_it_is_away_and_goes_on() {
     let guest = Guest { port: free_port() };
     fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--publish", &format!("{}:80", guest.port)]);
     fleet.wait("n", "running");
+    let environment = std::fs::read(format!("/proc/{}/environ", fleet.runner_pid("n"))).unwrap();
+    assert!(!String::from_utf8_lossy(&environment).contains(Seaweed::SECRET), "runners get no way into the bucket");
     link.cut();
     let waiting =
         eventually("the guest waits for the store", LONG, || fleet.info("n")["waiting"].as_str().map(str::to_owned));

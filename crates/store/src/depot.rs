@@ -21,7 +21,7 @@ use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt
 use crate::PackInfo;
 use crate::pack::{self, PackError};
 
-pub use s3::{Access, Bucket, Patience, Place, PlaceError};
+pub use s3::{Access, Bucket, Patience, Place, PlaceError, VARIABLES};
 pub use trouble::{Trouble, TroubleKind};
 
 /// Parts of one pack that are sent at the same time.

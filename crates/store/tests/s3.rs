@@ -1,5 +1,6 @@
 //! The store in a bucket of a real S3 server, in fair weather and in foul.
 
+use std::io::{BufRead, BufReader, Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -189,6 +190,40 @@ async fn a_prefix_belongs_to_one_plane() {
     let error = depot(server.port(), "shared").owned_by("other", false).claimed().await.unwrap_err();
     assert!(matches!(error, DepotError::Unclaimed { .. }), "{error}");
     depot(server.port(), "shared").owned_by("other", true).claimed().await.unwrap();
+}
+
+/// A server that takes every PUT, whatever its condition.
+fn careless_server() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let answer = |mut stream: std::net::TcpStream| {
+        let mut request = BufReader::new(stream.try_clone().unwrap());
+        let head: Vec<String> =
+            request.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+        let length = head.iter().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
+        std::io::copy(&mut request.take(length.unwrap_or(0)), &mut std::io::sink()).unwrap();
+        let (status, body) = match head[0].split(' ').collect::<Vec<_>>()[..] {
+            ["PUT", ..] => ("200 OK", ""),
+            ["GET", path, _] if path.contains("list-type") => {
+                ("200 OK", "<ListBucketResult><Name>machines</Name><IsTruncated>false</IsTruncated></ListBucketResult>")
+            }
+            _ => ("404 Not Found", "<Error><Code>NoSuchKey</Code></Error>"),
+        };
+        let length = body.len();
+        write!(
+            stream,
+            "HTTP/1.1 {status}\r\nConnection: close\r\nETag: \"1\"\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+    };
+    std::thread::spawn(move || listener.incoming().flatten().for_each(answer));
+    port
+}
+
+#[tokio::test]
+async fn a_server_that_ignores_conditions_is_refused() {
+    let error = depot(careless_server(), "a").owned_by("me", false).claimed().await.unwrap_err();
+    assert!(matches!(error, DepotError::Unconditional { .. }), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

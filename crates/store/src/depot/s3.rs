@@ -120,6 +120,17 @@ impl fmt::Debug for Access {
     }
 }
 
+/// The environment variables that [`Access::from_environment`] reads.
+pub const VARIABLES: [&str; 7] = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+];
+
 impl Access {
     /// From the environment variables that tools for S3 have in common.
     pub fn from_environment() -> Self {

@@ -97,6 +97,9 @@ fn silent(error: &Error, transport: Option<HttpErrorKind>) -> TroubleKind {
 
 fn silence(transport: Option<HttpErrorKind>, words: String) -> String {
     match transport {
+        Some(HttpErrorKind::Connect) if words.contains("certificate") => {
+            format!("its certificate is not accepted ({words}); SSL_CERT_FILE can name a file with the authority's")
+        }
         Some(HttpErrorKind::Connect) => format!("it cannot be reached ({words})"),
         Some(HttpErrorKind::Timeout) => "it did not answer in time".into(),
         Some(_) => format!("the connection broke ({words})"),
