@@ -97,6 +97,28 @@ async fn a_store_has_one_plane_and_a_plane_keeps_to_its_store() {
     assert!(status(&site).await.store.trouble.is_none());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_was_broken_off_is_no_obstacle() {
+    let server = Seaweed::start();
+    let proxy = FaultyProxy::to(server.port(), 1);
+    let opened = Site::try_open(tempfile::tempdir().unwrap(), place("broken"), access(proxy.port())).await;
+    let site = opened.unwrap();
+    let key = SigningKey::generate().unwrap();
+    let (image, packs) = site.upload(1).await;
+    proxy.set(Weather::On("DELETE", Fault::Busy));
+    let broken: Result<collective_api::Collected, ClientError> = site.user.post("/v1/store/collect", &()).await;
+    let error = broken.unwrap_err();
+    assert!(error.to_string().starts_with("cannot remove a pack from the store"), "{error}");
+    let refused = site.publish(sign(&manifest("1", image), &key), packs.clone()).await.unwrap_err();
+    assert!(refused.contains("is being removed"), "it may be gone at any instant: {refused}");
+    assert!(site.try_upload(1).await.unwrap_err().is_away());
+    proxy.set(Weather::Fair);
+    site.upload(1).await;
+    site.publish(sign(&manifest("1", image), &key), packs).await.unwrap();
+    collect(&site).await;
+    check_all(&site, &key).await;
+}
+
 /// Whatever happens on the way: errors can be read, wrong bytes are refused, what was acknowledged is whole.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn what_was_published_in_foul_weather_is_whole() {

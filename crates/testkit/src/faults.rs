@@ -36,6 +36,8 @@ pub enum Weather {
     Fair,
     /// Everybody.
     Always(Fault),
+    /// All requests with this method.
+    On(&'static str, Fault),
     /// So many of a hundred requests, each with one of these.
     Random(u32, Vec<Fault>),
     /// Everybody gets this answer (status and body).
@@ -60,7 +62,11 @@ impl FaultyProxy {
     pub fn to(target: u16, seed: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = listener.local_addr().expect("its address").port();
-        let state = State { weather: Weather::Fair, random: seed | 1, happened: BTreeMap::new() };
+        let state = State {
+            weather: Weather::Fair,
+            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            happened: BTreeMap::new(),
+        };
         let proxy = Self { port, state: Arc::new(Mutex::new(state)) };
         let shared = proxy.clone();
         std::thread::spawn(move || {
@@ -100,10 +106,11 @@ impl FaultyProxy {
         (state.random % limit.max(1) as u64) as usize
     }
 
-    fn fault(&self) -> Option<Fault> {
+    fn fault(&self, head: &str) -> Option<Fault> {
         let weather = self.lock().weather.clone();
         let fault = match weather {
             Weather::Always(fault) => Some(fault),
+            Weather::On(method, fault) => head.starts_with(method).then_some(fault),
             Weather::Random(percent, faults) => {
                 (self.random(100) < percent as usize).then(|| faults[self.random(faults.len())])
             }
@@ -115,7 +122,7 @@ impl FaultyProxy {
     /// One request per connection: whatever breaks, the next one is whole again.
     fn serve(&self, mut client: TcpStream, target: u16) -> Option<()> {
         let (head, mut body) = message(&mut client)?;
-        let fault = self.fault();
+        let fault = self.fault(&head);
         if let Weather::Answer(status, text) = self.lock().weather {
             return answer(&mut client, status, "", text);
         }
@@ -132,7 +139,7 @@ impl FaultyProxy {
         let mut server = TcpStream::connect(("127.0.0.1", target)).ok()?;
         let head = head.replacen("\r\n", "\r\nConnection: close\r\n", 1);
         server.write_all(head.as_bytes()).and_then(|()| server.write_all(&body)).ok()?;
-        let (head, mut body) = self::answered(&mut server)?;
+        let (head, mut body) = answered(&mut server)?;
         match fault {
             Some(Fault::Lost) => return client.shutdown(Shutdown::Both).ok(),
             Some(Fault::Cut) => body.truncate(body.len() / 2),

@@ -13,7 +13,7 @@ use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 use super::{Depot, DepotError};
 
 /// Uploads are cut into parts of this many bytes, each sent, timed and tried again by itself: a whole pack of 64 MiB
-/// would not pass a line of 16 Mbit/s in the time of one request.
+/// would need a line of 18 Mbit/s to pass in the time of one request.
 pub(super) const PART: usize = 8 << 20;
 /// Before the first repetition.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -89,7 +89,7 @@ pub struct Access {
     pub patience: Patience,
 }
 
-/// How long requests may take, and how often they are repeated. All of it together stays below the two minutes that
+/// How long requests may take, and how often they are repeated. A read, with all of it, stays below the two minutes that
 /// clients of the plane wait for an answer.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
