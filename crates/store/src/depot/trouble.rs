@@ -50,7 +50,7 @@ impl Trouble {
             if let Some(io) = inner.downcast_ref::<std::io::Error>()
                 && io.kind() == std::io::ErrorKind::StorageFull
             {
-                return Self::new(TroubleKind::Full, doing, place, "there is no space left");
+                return Self::new(TroubleKind::Full, doing, place, "it is full");
             }
             if let Some(http) = inner.downcast_ref::<HttpError>() {
                 transport = Some(http.kind());
