@@ -28,6 +28,18 @@ pub struct PlaneStatus {
     pub hosts: Vec<HostView>,
     /// Instances, by count.
     pub instances: u64,
+    /// Where it keeps packs. Older planes do not say.
+    #[serde(default)]
+    pub store: StoreStatus,
+}
+
+/// A plane's store, as `status` shows it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct StoreStatus {
+    /// A folder, or `s3://BUCKET/PREFIX`.
+    pub place: String,
+    /// What was wrong when it was last used.
+    pub trouble: Option<String>,
 }
 
 /// A host as the plane sees it.

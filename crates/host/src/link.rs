@@ -53,6 +53,10 @@ fn runner(command: &[OsString], dir: &Path) -> std::io::Result<(tokio::process::
         command.split_first().ok_or_else(|| std::io::Error::other("no command for runners was configured"))?;
     let mut runner = tokio::process::Command::new(program);
     runner.args(arguments).arg(dir).stdin(std::process::Stdio::null()).stderr(log.try_clone()?);
+    // In one process with a plane, the daemon has the plane's way into its bucket. Runners ask the plane.
+    collective_store::depot::VARIABLES.iter().for_each(|name| {
+        runner.env_remove(name);
+    });
     Ok((runner, log))
 }
 

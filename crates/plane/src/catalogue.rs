@@ -10,7 +10,7 @@ use collective_keys::{ChannelPointer, KeyChange, Kind, Pins, Signed};
 use collective_model::{ApplianceName, Digest, Manifest, Name, Reference, Selector, VersionName};
 use collective_store::cache::Cache;
 use collective_store::depot::{Depot, DepotError};
-use collective_store::fetch::FrameStore;
+use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::ImageMap;
 use collective_store::{PackInfo, Source, SourceError};
 use futures_util::future::{BoxFuture, FutureExt};
@@ -93,14 +93,18 @@ impl Plane {
         for disk in &manifest.disks {
             let Some(image) = disk.image else { continue };
             let wrong = |why: String| broken(format!("the image of disk \"{}\": {why}", disk.name));
-            let map = ImageMap::load(&store, image).await.map_err(|e| wrong(e.to_string()))?;
+            let unread = |error: FetchError| match error.is_away() {
+                true => Failure::unavailable(error.to_string()),
+                false => wrong(error.to_string()),
+            };
+            let map = ImageMap::load(&store, image).await.map_err(unread)?;
             if map.size > disk.size.0 {
                 return Err(wrong(format!("it has {} bytes, and the disk {}", map.size, disk.size.0)));
             }
             let mut needed: Vec<Digest> = map.frames().collect();
             needed.extend(map.pages());
             needed.extend(disk.boot);
-            store.locate_all(&needed).await.map_err(|e| wrong(e.to_string()))?;
+            store.locate_all(&needed).await.map_err(unread)?;
         }
         Ok(infos)
     }
@@ -264,7 +268,7 @@ impl Source for DepotSource {
     ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
         async move {
             self.depot.read(appliance, pack, range).await.map_err(|error| match error {
-                DepotError::Backend(_) | DepotError::Full(_) => SourceError::Away(error.to_string()),
+                DepotError::Backend(_) => SourceError::Away(error.to_string()),
                 _ => SourceError::Refused(error.to_string()),
             })
         }

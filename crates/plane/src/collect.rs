@@ -58,6 +58,20 @@ impl Plane {
         Err(Failure::missing(format!("pack {pack} is being removed")))
     }
 
+    /// A publisher is about to send a pack. If it is being removed, or a removal was broken off because the store was
+    /// away, that is brought to its end first.
+    pub(crate) async fn make_way(&self, appliance: &ApplianceName, pack: &Digest) -> Answer<()> {
+        if self.database().use_pack(appliance, pack).await? {
+            return Ok(());
+        }
+        let _alone = self.inner.collecting.lock().await;
+        if self.database().condemned(appliance, pack).await? == Condemned::Removing {
+            self.depot().remove_pack(appliance, pack).await?;
+            self.database().removed(appliance, pack).await?;
+        }
+        Ok(())
+    }
+
     /// Everything in the store and what needs it.
     pub(crate) async fn store_view(&self) -> Answer<StoreView> {
         let versions = self.database().versions(None).await?;

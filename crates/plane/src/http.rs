@@ -13,8 +13,8 @@ use bytes::Bytes;
 use collective_api::{
     ApplianceView, ChannelHead, Collected, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView,
     JoinAnswer, JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PlaneStatus,
-    PowerRequest, PublishVersion, StoreView, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget, VersionDetail,
-    VersionView,
+    PowerRequest, PublishVersion, StoreStatus, StoreView, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
+    VersionDetail, VersionView,
 };
 use collective_keys::Signed;
 use collective_model::{ApplianceName, Digest, Name, OperationId, TunnelId};
@@ -104,6 +104,10 @@ async fn status(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Plane
         listen: plane.inner.public.as_ref().map(|(address, _)| address.clone()),
         hosts: plane.host_views().await?,
         instances: plane.database().instances().await?.len() as u64,
+        store: StoreStatus {
+            place: plane.depot().place().to_owned(),
+            trouble: plane.depot().trouble().map(|trouble| trouble.to_string()),
+        },
     }))
 }
 
@@ -140,9 +144,7 @@ async fn put_pack(
 ) -> Answer<Json<()>> {
     caller.user()?;
     let (appliance, pack) = (appliance(&publisher, &name)?, parse(&pack)?);
-    if !plane.database().use_pack(&appliance, &pack).await? {
-        return Err(Failure::conflict(format!("pack {pack} is being removed just now; repeat the command")));
-    }
+    plane.make_way(&appliance, &pack).await?;
     plane.depot().put_pack(&appliance, pack, body).await?;
     Ok(Json(()))
 }

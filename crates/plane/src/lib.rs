@@ -17,13 +17,14 @@ mod place;
 mod problem;
 mod reconcile;
 mod serve;
+mod storage;
 mod tunnel;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use collective_model::Timestamp;
-use collective_store::depot::{Depot, DepotError};
+use collective_store::depot::{Access, Depot, DepotError, Place};
 use tokio::sync::watch;
 
 use database::Database;
@@ -32,8 +33,12 @@ pub use serve::{Listening, Tls, serve};
 /// Where a plane keeps its things.
 #[derive(Clone, Debug)]
 pub struct PlaneConfig {
-    /// Database, store, certificate.
+    /// Database, certificate, and the store where it is local.
     pub data: PathBuf,
+    /// Where packs are kept; where they were kept so far, if this is not said.
+    pub store: Option<Place>,
+    /// The way into a bucket, where packs are kept in one.
+    pub s3: Access,
     /// What to tell others to connect to, `host:port`, where the plane listens on TCP.
     pub address: Option<String>,
 }
@@ -57,9 +62,25 @@ pub enum PlaneError {
         /// Why.
         source: sqlx::Error,
     },
+    /// A record in its database.
+    #[error("a record in the plane's database cannot be read: {0}")]
+    Record(String),
     /// Its store.
     #[error("cannot open the plane's store: {0}")]
     Store(#[from] DepotError),
+    /// Its packs are elsewhere.
+    #[error(
+        "the plane's packs are in {had}, and {missing} of those that its versions need are not in {place}: copy all that is \
+         below packs/ from there to here while the plane is down, or start it without --store, as it was"
+    )]
+    Moved {
+        /// Where they are.
+        had: String,
+        /// Where they should be.
+        place: String,
+        /// How many are not there.
+        missing: usize,
+    },
     /// Its certificate.
     #[error("cannot use the plane's certificate: {0}")]
     Certificate(String),
@@ -102,7 +123,7 @@ impl Plane {
         let path = config.data.join("plane.db");
         let database =
             Database::open(&path).await.map_err(|source| PlaneError::Database { path: path.clone(), source })?;
-        let depot = Depot::local(&config.data.join("store"))?;
+        let depot = storage::open(config, &database).await?;
         let tls = Tls::load_or_create(&config.data)?;
         let public = config.address.clone().map(|address| (address, tls.fingerprint()));
         // Revisions only have to differ from those that readers saw before a restart.

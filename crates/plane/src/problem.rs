@@ -4,7 +4,7 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use collective_api::Problem;
-use collective_store::depot::DepotError;
+use collective_store::depot::{DepotError, TroubleKind};
 
 /// Why a request fails.
 #[derive(Debug)]
@@ -54,6 +54,12 @@ impl Failure {
     }
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         (self.status, Json(Problem { error: self.message })).into_response()
@@ -85,8 +91,15 @@ impl From<DepotError> for Failure {
             DepotError::Name { .. } | DepotError::Unsound { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             DepotError::Missing(_) => StatusCode::NOT_FOUND,
             DepotError::Range(_) => StatusCode::RANGE_NOT_SATISFIABLE,
-            DepotError::Full(_) => StatusCode::INSUFFICIENT_STORAGE,
-            DepotError::Backend(_) => StatusCode::SERVICE_UNAVAILABLE,
+            DepotError::Backend(trouble) => match trouble.kind {
+                TroubleKind::Full => StatusCode::INSUFFICIENT_STORAGE,
+                TroubleKind::Away | TroubleKind::Other => StatusCode::SERVICE_UNAVAILABLE,
+                TroubleKind::Denied | TroubleKind::NoBucket => StatusCode::BAD_GATEWAY,
+            },
+            DepotError::Settings { .. }
+            | DepotError::Owned { .. }
+            | DepotError::Unclaimed { .. }
+            | DepotError::Unconditional { .. } => StatusCode::BAD_GATEWAY,
         };
         Self::new(status, error.to_string())
     }

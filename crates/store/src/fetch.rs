@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use collective_model::{ApplianceName, Digest};
 use futures_util::stream::{StreamExt, TryStreamExt};
@@ -21,6 +21,8 @@ use crate::{Encoding, FrameError, PackInfo, Source, SourceError, decode, decode_
 
 /// Frames kept in memory (8 MiB).
 const RECENT: usize = 16;
+/// Directories that do not agree with what is in the packs are read again, at most this often.
+const REREAD: Duration = Duration::from_secs(60);
 
 /// How many frames are fetched.
 #[derive(Clone, Copy, Debug)]
@@ -148,6 +150,8 @@ struct Locator {
     /// How many of them were looked into.
     loaded: usize,
     forms: Forms,
+    /// When all directories were last read again.
+    reread: Option<Instant>,
 }
 
 /// Frames of some versions, wherever they are.
@@ -311,6 +315,13 @@ impl FrameStore {
             }
             fetched => fetched,
         };
+        let fetched = match fetched {
+            Err(error) if came_wrong(&error) && self.distrust(&mut *self.locator.lock().await) => {
+                once_more(&piece, &error);
+                self.fetch_piece(&self.plain(digest).await?, length).await
+            }
+            fetched => fetched,
+        };
         let Accepted { content, kept } = fetched?;
         if let Err(error) = kept {
             // A full disk must not stop the guest: the frame is right, it is only not kept.
@@ -378,7 +389,15 @@ impl FrameStore {
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<u64, FetchError> {
         let (moved, failed) = self.fetch_all(pieces, pace, progress).await?;
-        failed.into_iter().next().map_or(Ok(moved), |(_, error)| Err(error))
+        match failed.into_iter().next() {
+            None => Ok(moved),
+            Some((_, error)) => {
+                if came_wrong(&error) {
+                    self.distrust(&mut *self.locator.lock().await);
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Checks that packs hold all of `digests` in a form that stands for itself, in the cache or not.
@@ -428,11 +447,14 @@ impl FrameStore {
             passed_over.extend(failed);
         }
         let mut again = Vec::new();
+        let wrong = passed_over.iter().any(|(piece, error)| piece.bases.is_empty() && came_wrong(error));
+        let fresh = wrong && self.distrust(&mut *self.locator.lock().await);
         for (piece, error) in passed_over {
-            if piece.bases.is_empty() {
-                return Err(error);
+            match (piece.bases.is_empty(), fresh && came_wrong(&error)) {
+                (true, false) => return Err(error),
+                (true, true) => once_more(&piece, &error),
+                (false, _) => pass_over(&piece, &error),
             }
-            pass_over(&piece, &error);
             again.push(self.plain(&piece.entry.digest).await?);
         }
         Ok(moved + self.fetch_sound(again, pace, progress).await?)
@@ -525,6 +547,9 @@ impl FrameStore {
                 return Ok(piece);
             }
             let Some((appliance, version)) = locator.versions.get(locator.loaded).cloned() else {
+                if self.distrust(locator) {
+                    continue;
+                }
                 return Err(FetchError::Nowhere(*digest));
             };
             let packs = self.source.packs(&appliance, &version).await;
@@ -539,6 +564,21 @@ impl FrameStore {
         }
     }
 
+    /// Forgets all directories, also those in the cache; false if that was done a short while ago. No signature covers a
+    /// directory, so one that came with a wrong bit is found out by what is not where it says, and would be believed
+    /// for as long as it is in the cache.
+    fn distrust(&self, locator: &mut Locator) -> bool {
+        if locator.reread.is_some_and(|at| at.elapsed() < REREAD) {
+            return false;
+        }
+        locator.reread = Some(Instant::now());
+        locator.loaded = 0;
+        for pack in locator.forms.forget() {
+            let _ = std::fs::remove_file(self.cache.directory_path(&pack));
+        }
+        true
+    }
+
     /// A pack's directory, from the cache or from the pack's end. The cached form is the directory and the trailer.
     async fn directory(&self, appliance: &ApplianceName, info: &PackInfo) -> Result<Directory, FetchError> {
         let refused = |source| FetchError::Pack { pack: info.digest, source };
@@ -549,13 +589,23 @@ impl FrameStore {
                 Err(_) => std::fs::remove_file(&path)?,
             }
         }
-        let mut wanted = info.directory;
-        if !(TRAILER..=info.size).contains(&wanted) {
-            let trailer = self.read_tail(appliance, info, TRAILER).await?;
-            wanted = info.size - pack::directory_range(&trailer, info.size).map_err(refused)?.start;
-        }
-        let tail = self.read_tail(appliance, info, wanted).await?;
-        let directory = parse_tail(&tail, info.size).map_err(refused)?;
+        // The list's word for the length saves a request, and is worth no more than that.
+        let hinted = match (TRAILER..=info.size).contains(&info.directory) {
+            true => {
+                let tail = self.read_tail(appliance, info, info.directory).await?;
+                parse_tail(&tail, info.size).ok().map(|directory| (directory, tail))
+            }
+            false => None,
+        };
+        let (directory, tail) = match hinted {
+            Some(found) => found,
+            None => {
+                let trailer = self.read_tail(appliance, info, TRAILER).await?;
+                let wanted = info.size - pack::directory_range(&trailer, info.size).map_err(refused)?.start;
+                let tail = self.read_tail(appliance, info, wanted).await?;
+                (parse_tail(&tail, info.size).map_err(refused)?, tail)
+            }
+        };
         if let Err(error) = crate::cache::write_whole(&path, &[&tail]) {
             tracing::warn!(pack = %info.digest, %error, "a pack's directory cannot be kept in the cache");
         }
@@ -634,6 +684,15 @@ fn accept(cache: &Cache, piece: &Piece, stored: &[u8]) -> Result<Accepted, Fetch
     let (encoding, stored): (Encoding, _) = encode(&content);
     let kept = cache.put(&entry.digest, encoding, &stored, entry.length);
     Ok(Accepted { content, kept })
+}
+
+fn came_wrong(error: &FetchError) -> bool {
+    matches!(error, FetchError::Damaged { .. })
+}
+
+fn once_more(piece: &Piece, error: &FetchError) {
+    let (frame, pack) = (piece.entry.digest, piece.pack);
+    tracing::warn!(%frame, %pack, %error, "what came is not the frame; it is fetched once more");
 }
 
 fn pass_over(piece: &Piece, error: &FetchError) {

@@ -42,6 +42,11 @@ impl Forms {
         self.known.contains(pack)
     }
 
+    /// Forgets all packs, and names them.
+    pub fn forget(&mut self) -> HashSet<Digest> {
+        std::mem::take(self).known
+    }
+
     /// Takes up a pack.
     pub fn learn(&mut self, appliance: &ApplianceName, pack: Digest, directory: Directory) {
         let number = self.packs.len() as u32;

@@ -27,6 +27,8 @@ struct Shelf {
     requests: AtomicUsize,
     away: AtomicBool,
     lying: AtomicBool,
+    /// The next answer has another bit in this byte.
+    spoilt: Mutex<Option<usize>>,
 }
 
 struct ShelfSink<'a>(&'a Shelf);
@@ -66,6 +68,11 @@ impl Source for Shelf {
                 return Err(SourceError::Away("unplugged".into()));
             }
             let bytes = self.packs.lock().unwrap()[pack].slice(range.start as usize..range.end as usize);
+            if let Some(at) = self.spoilt.lock().unwrap().take() {
+                let mut bytes = bytes.to_vec();
+                bytes[at] ^= 1;
+                return Ok(bytes.into());
+            }
             if self.lying.load(Ordering::SeqCst) {
                 let mut bytes = bytes.to_vec();
                 let middle = bytes.len() / 2;
@@ -458,4 +465,28 @@ fn the_depot_refuses_what_is_not_a_pack_and_serves_ranges() {
         let other = "demo/other".parse().unwrap();
         assert!(depot.read(&other, &digest, 8..90).await.is_err(), "a digest alone grants nothing");
     });
+}
+
+/// No signature covers a directory, and it is kept: whichever bit of it came wrong, the host gets over it.
+#[test]
+fn a_directory_that_came_with_a_wrong_bit_is_not_believed_for_ever() {
+    let shelf = Arc::new(Shelf::default());
+    let disk = random_disk(40, 6);
+    let version = Digest::of(b"1");
+    let (image, _) = publish(&shelf, &disk, version, None);
+    let [info] = shelf.lists.lock().unwrap()[&version][..] else { panic!("one pack") };
+    for at in 0..info.directory as usize {
+        let folder = tempfile::tempdir().unwrap();
+        run(async {
+            let store = open(&shelf, folder.path(), version).await;
+            *shelf.spoilt.lock().unwrap() = Some(at);
+            let _ = ImageMap::load(&store, image).await;
+            let refetched = match read_all(&store, image).await {
+                Ok(content) => content,
+                // Another process of the same host, later.
+                Err(_) => read_all(&open(&shelf, folder.path(), version).await, image).await.unwrap(),
+            };
+            assert!(refetched == disk, "byte {at}");
+        });
+    }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::{Link, Talk, eventually};
+use crate::{Link, Seaweed, Talk, eventually};
 
 /// Everything but a boot is there within this time.
 const SOON: Duration = Duration::from_secs(30);
@@ -25,6 +25,8 @@ pub struct Fleet {
     hosts: Vec<(String, Child)>,
     link: Option<Link>,
     nobody: bool,
+    /// The port of the S3 server where packs are kept.
+    bucket: Option<u16>,
 }
 
 /// The user `nobody`.
@@ -50,18 +52,23 @@ pub fn free_port() -> u16 {
 impl Fleet {
     /// Starts `up` with the program at `program`; its host is called `a`.
     pub fn start(program: impl AsRef<Path>) -> Self {
-        Self::new(program, false, None)
+        Self::new(program, false, None, None)
+    }
+
+    /// The same with its packs in a bucket of the S3 server at this port of 127.0.0.1.
+    pub fn start_with_bucket(program: impl AsRef<Path>, port: u16) -> Self {
+        Self::new(program, false, None, Some(port))
     }
 
     /// The same as the user `nobody`; for tests that run as root.
     pub fn start_as_nobody(program: impl AsRef<Path>) -> Self {
-        Self::new(program, true, None)
+        Self::new(program, true, None, None)
     }
 
     /// The same with everything of the plane and its host on a file system of this many bytes; for tests that run as
     /// root.
     pub fn start_on_small_disk(program: impl AsRef<Path>, bytes: u64) -> Self {
-        Self::new(program, false, Some(bytes))
+        Self::new(program, false, Some(bytes), None)
     }
 
     /// Mounts a file system of this many bytes at a folder of the fleet, such as a host's before it joins.
@@ -119,7 +126,7 @@ impl Fleet {
         (found.f_blocks - found.f_bfree) * found.f_frsize
     }
 
-    fn new(program: impl AsRef<Path>, nobody: bool, disk: Option<u64>) -> Self {
+    fn new(program: impl AsRef<Path>, nobody: bool, disk: Option<u64>, bucket: Option<u16>) -> Self {
         let dir = tempfile::Builder::new().prefix("cl-").tempdir().expect("a temporary directory");
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).expect("its mode");
         let mut program = program.as_ref().to_owned();
@@ -130,7 +137,7 @@ impl Fleet {
             std::fs::copy(&program, &copy).expect("a copy of the program");
             program = copy;
         }
-        let mut fleet = Self { dir, program, up: None, hosts: Vec::new(), link: None, nobody };
+        let mut fleet = Self { dir, program, up: None, hosts: Vec::new(), link: None, nobody, bucket };
         if let Some(bytes) = disk {
             fleet.small_disk("a", bytes);
         }
@@ -158,6 +165,10 @@ impl Fleet {
             .env_remove("COLLECTIVE_TOKEN")
             .env("HOME", self.dir.path())
             .stdin(Stdio::null());
+        if let Some(port) = self.bucket {
+            command.env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"));
+            command.env("AWS_ACCESS_KEY_ID", Seaweed::KEY).env("AWS_SECRET_ACCESS_KEY", Seaweed::SECRET);
+        }
         if self.nobody {
             command.uid(NOBODY).gid(NOBODY);
         }
@@ -174,7 +185,12 @@ impl Fleet {
     /// Starts `up` (again) and waits until its host is there.
     pub fn up(&mut self) {
         let listen = self.link.as_ref().map_or("127.0.0.1:0".to_owned(), |link| format!("127.0.0.1:{}", link.target()));
-        let arguments = vec!["up", "--name", "a", "--tcg", "--listen", listen.as_str()];
+        let mut arguments = vec!["up", "--name", "a", "--tcg", "--listen", listen.as_str()];
+        let store = format!("s3://{}/fleet", Seaweed::BUCKET);
+        // Said once; the plane remembers it.
+        if self.bucket.is_some() && !self.file("a").exists() {
+            arguments.extend(["--store", store.as_str()]);
+        }
         let child = self.daemon("up", &arguments);
         self.up = Some(child);
         self.wait_for_host("a");

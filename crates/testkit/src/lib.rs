@@ -1,16 +1,20 @@
-//! For tests only: whole fleets in a temporary directory, links that can be slowed and cut, and a guest that boots in
-//! seconds. Every process a fleet starts is ended by its own pid when the fleet is dropped.
+//! For tests only: whole fleets in a temporary directory, links that can be slowed and cut, a real S3 server and a proxy
+//! that spoils its answers, and a guest that boots in seconds. Every process a fleet starts is ended by its own pid when the fleet is dropped.
 
 #![forbid(unsafe_code)]
 
+mod faults;
 mod fleet;
 mod guest;
 mod link;
+mod seaweed;
 mod talk;
 
+pub use faults::{Fault, FaultyProxy, Weather};
 pub use fleet::{Fleet, Outcome, free_port};
 pub use guest::{Guest, cloud, tiny};
 pub use link::Link;
+pub use seaweed::Seaweed;
 pub use talk::Talk;
 
 use std::time::{Duration, Instant};

@@ -64,7 +64,7 @@ impl Mount {
                 ui.line(format!("{} ({})", self.dir.join(name).display(), ByteSize(*size)));
             }
         });
-        ui.hint("Ctrl-C ends it".to_owned());
+        ui.hint("Ctrl-C ends it");
         stop.await;
         volume.unmount().with_context(|| format!("{} is in use", self.dir.display()))
     }

@@ -10,6 +10,7 @@ use collective_api::{Client, Endpoint, HostView, JoinAnswer, JoinRequest, PlaneS
 use collective_host::create_folder;
 use collective_model::{ByteSize, Name};
 use collective_plane::{Listening, Plane, PlaneConfig};
+use collective_store::depot::{Access, Place, VARIABLES};
 use serde::{Deserialize, Serialize};
 
 use super::hosts::{HostOptions, serve_host};
@@ -31,6 +32,12 @@ pub struct Up {
     /// Where everything is kept [default: /var/lib/collective, or ~/.local/share/collective]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Where packs are kept: s3://BUCKET/PREFIX, or "local" for the data folder [default: where they were kept so far]
+    ///
+    /// The way into a bucket comes from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
+    /// AWS_REGION, and AWS_ENDPOINT_URL for a store that is not Amazon's.
+    #[arg(long, value_name = "URL")]
+    store: Option<Place>,
     /// Let hosts and users of other machines in, by TLS, on this address
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
@@ -86,7 +93,13 @@ impl Up {
             };
         let bound = tcp.as_ref().map(|tcp| tcp.local_addr()).transpose()?.map(|address| address.to_string());
         let listen = self.advertise.clone().or(bound);
-        let (plane, tls) = Plane::open(&PlaneConfig { data: data.join("plane"), address: listen.clone() }).await?;
+        let config = PlaneConfig {
+            data: data.join("plane"),
+            store: self.store.clone(),
+            s3: Access::from_environment(),
+            address: listen.clone(),
+        };
+        let (plane, tls) = Plane::open(&config).await?;
         let listening = Listening { socket: socket(data), tcp };
         let plane = tokio::spawn(collective_plane::serve(plane, tls, listening));
         collective_host::write_json(&running_path(data), &Running { pid: std::process::id(), listen: listen.clone() })?;
@@ -155,16 +168,38 @@ async fn local_credentials(client: &Client, data: &Path, host_data: &Path, name:
 
 /// The unit: `collective up` with the same options. Stopping or restarting it ends the main process only; the runners
 /// go on. When the machine shuts down systemd ends them too, and they shut their guests down.
-fn unit(arguments: &[String], root: bool) -> String {
+fn unit(arguments: &[String], environment: &Path, root: bool) -> String {
     let quoted: Vec<String> =
         arguments.iter().map(|text| format!("\"{}\"", text.replace('%', "%%").replace('"', "\\\""))).collect();
+    let environment = environment.to_string_lossy().replace('%', "%%");
     let wanted_by = if root { "multi-user.target" } else { "default.target" };
     format!(
         "[Unit]\nDescription=Collective: plane and host\nAfter=network-online.target\nWants=network-online.target\n\
-         StartLimitIntervalSec=0\n\n[Service]\nExecStart={}\nRestart=on-failure\nRestartSec=5\nKillMode=process\nDelegate=yes\n\n\
+         StartLimitIntervalSec=0\n\n[Service]\nEnvironmentFile=-{environment}\nExecStart={}\nRestart=on-failure\nRestartSec=5\nKillMode=process\nDelegate=yes\n\n\
          [Install]\nWantedBy={wanted_by}\n",
         quoted.join(" ")
     )
+}
+
+/// The unit does not have this shell's environment, so the way into a bucket is kept for it, for its user's eyes only.
+fn keep_access(path: &Path) -> std::io::Result<bool> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let set = VARIABLES.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?)));
+    let lines: Vec<String> = set.map(|(name, value)| assignment(name, &value)).collect();
+    if lines.is_empty() {
+        return Ok(false);
+    }
+    let part = path.with_extension("part");
+    let mut file = std::fs::File::options().create(true).truncate(true).write(true).mode(0o600).open(&part)?;
+    file.write_all(lines.concat().as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(part, path)?;
+    Ok(true)
+}
+
+fn assignment(name: &str, value: &str) -> String {
+    format!("{name}=\"{}\"\n", value.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
 async fn install(ui: &Ui, data: &Path) -> Result<()> {
@@ -178,7 +213,12 @@ async fn install(ui: &Ui, data: &Path) -> Result<()> {
     let folder = if root { PathBuf::from("/etc/systemd/system") } else { crate::connect::systemd_user_dir() };
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let path = folder.join("collective.service");
-    std::fs::write(&path, unit(&arguments, root)).with_context(|| format!("cannot write {}", path.display()))?;
+    let environment = data.join("environment");
+    if keep_access(&environment).with_context(|| format!("cannot write {}", environment.display()))? {
+        ui.line(format!("wrote {}, with the way into the bucket", environment.display()));
+    }
+    std::fs::write(&path, unit(&arguments, &environment, root))
+        .with_context(|| format!("cannot write {}", path.display()))?;
     ui.line(format!("wrote {}", path.display()));
     let systemctl = |arguments: &[&str]| {
         let scope: &[&str] = if root { &[] } else { &["--user"] };
@@ -305,6 +345,8 @@ fn show(ui: &Ui, status: &PlaneStatus) {
     ui.data(status, |ui| {
         let listen = status.listen.as_deref().unwrap_or("this machine only");
         ui.line(format!("plane {}, {} instances, reached from {listen}", status.version, status.instances));
+        ui.line(format!("store {}", status.store.place));
+        status.store.trouble.iter().for_each(|trouble| ui.line(format!("  warning: {trouble}")));
         status.hosts.iter().for_each(|host| show_host(ui, host));
     });
 }
@@ -332,10 +374,12 @@ mod tests {
 
     #[test]
     fn the_unit_keeps_arguments_whole_and_runners_alive() {
-        let text =
-            unit(&["/usr/local/bin/collective".into(), "up".into(), "--data".into(), "/srv/a \"b\" 100%".into()], true);
+        let arguments = ["/usr/local/bin/collective", "up", "--data", "/srv/a \"b\" 100%"].map(String::from);
+        let text = unit(&arguments, Path::new("/srv/100%/environment"), true);
+        assert!(text.contains("EnvironmentFile=-/srv/100%%/environment\n"), "{text}");
         assert!(text.contains(r#"ExecStart="/usr/local/bin/collective" "up" "--data" "/srv/a \"b\" 100%%""#), "{text}");
         assert!(text.contains("KillMode=process\n"), "runners are in the unit's control group: {text}");
+        assert_eq!(assignment("A", "x\"y\\z"), "A=\"x\\\"y\\\\z\"\n");
         assert!(text.contains("StartLimitIntervalSec=0\n"), "what is missing may come later: {text}");
     }
 }

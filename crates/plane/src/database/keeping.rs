@@ -27,6 +27,17 @@ impl Database {
         Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
     }
 
+    /// What the plane remembers of itself.
+    pub async fn fact(&self, name: &str) -> Result<Option<String>, sqlx::Error> {
+        sqlx::query_scalar("SELECT value FROM facts WHERE name = ?").bind(name).fetch_optional(&self.pool).await
+    }
+
+    /// Remembers something of the plane itself.
+    pub async fn set_fact(&self, name: &str, value: &str) -> Result<(), sqlx::Error> {
+        let query = "INSERT INTO facts(name, value) VALUES(?1, ?2) ON CONFLICT DO UPDATE SET value = ?2";
+        sqlx::query(query).bind(name).bind(value).execute(&self.pool).await.map(drop)
+    }
+
     /// Begins or renews a publisher's lease.
     pub async fn hold_lease(&self, appliance: &ApplianceName, id: &str, until: Timestamp) -> Answer<()> {
         let query = sqlx::query(

@@ -100,3 +100,9 @@ CREATE TABLE IF NOT EXISTS withdrawn (
     digest    TEXT NOT NULL,
     PRIMARY KEY (publisher, appliance, version)
 ) STRICT;
+
+-- What the plane remembers of itself: its own id, and where its store is.
+CREATE TABLE IF NOT EXISTS facts (
+    name  TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT;

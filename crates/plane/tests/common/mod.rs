@@ -2,12 +2,17 @@
 
 #![allow(dead_code)]
 
+pub mod crowd;
+
 use std::time::Duration;
 
-use collective_api::{Client, Endpoint, HostFacts, HostReport, JoinAnswer, JoinRequest, PublishVersion, VersionView};
+use collective_api::{
+    Client, ClientError, Endpoint, HostFacts, HostReport, JoinAnswer, JoinRequest, PublishVersion, VersionView,
+};
 use collective_keys::{ChannelPointer, Kind, Signed, SigningKey};
 use collective_model::{Digest, InstanceId, Manifest, Observed, Timestamp};
-use collective_plane::{Listening, Plane, PlaneConfig, serve};
+use collective_plane::{Listening, Plane, PlaneConfig, PlaneError, serve};
+use collective_store::depot::{Access, Place};
 use collective_store::pack::Pack;
 use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::trace::Trace;
@@ -15,15 +20,28 @@ use collective_store::trace::Trace;
 pub struct Site {
     folder: tempfile::TempDir,
     pub user: Client,
+    serving: tokio::task::JoinHandle<Result<(), PlaneError>>,
 }
 
 impl Site {
     pub async fn open() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let config = PlaneConfig { data: folder.path().join("plane"), address: Some("127.0.0.1:1".into()) };
-        let (plane, tls) = Plane::open(&config).await.unwrap();
+        Self::try_open(tempfile::tempdir().unwrap(), None, Access::default()).await.unwrap()
+    }
+
+    /// With a store of its own choice.
+    pub async fn try_open(
+        folder: tempfile::TempDir,
+        store: Option<Place>,
+        s3: Access,
+    ) -> Result<Self, (PlaneError, tempfile::TempDir)> {
+        let data = folder.path().join("plane");
+        let opened = Plane::open(&PlaneConfig { data, store, s3, address: Some("127.0.0.1:1".into()) }).await;
+        let (plane, tls) = match opened {
+            Ok(opened) => opened,
+            Err(error) => return Err((error, folder)),
+        };
         let socket = folder.path().join("plane.sock");
-        tokio::spawn(serve(plane, tls, Listening { socket: socket.clone(), tcp: None }));
+        let serving = tokio::spawn(serve(plane, tls, Listening { socket: socket.clone(), tcp: None }));
         let user = Client::new(Endpoint::Unix(socket), None);
         let up = async {
             while user.get::<serde_json::Value>("/v1/status").await.is_err() {
@@ -31,7 +49,13 @@ impl Site {
             }
         };
         tokio::time::timeout(Duration::from_secs(20), up).await.unwrap();
-        Self { folder, user }
+        Ok(Self { folder, user, serving })
+    }
+
+    /// Ends the plane; its folder stays.
+    pub fn close(self) -> tempfile::TempDir {
+        self.serving.abort();
+        self.folder
     }
 
     pub fn with(&self, secret: &str) -> Client {
@@ -40,6 +64,10 @@ impl Site {
 
     /// Sends the packs of a disk; gives image and packs.
     pub async fn upload(&self, seed: u8) -> (Digest, Vec<Digest>) {
+        self.try_upload(seed).await.unwrap()
+    }
+
+    pub async fn try_upload(&self, seed: u8) -> Result<(Digest, Vec<Digest>), ClientError> {
         let mut sink = Collected(Vec::new());
         let (image, packs) = {
             let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
@@ -48,9 +76,9 @@ impl Site {
         };
         for pack in sink.0 {
             let path = format!("/v1/appliances/p/app/packs/{}", pack.digest);
-            self.user.put_bytes(&path, pack.bytes.into()).await.unwrap();
+            self.user.put_bytes(&path, pack.bytes.into()).await?;
         }
-        (image, packs)
+        Ok((image, packs))
     }
 
     pub async fn publish(&self, manifest: Signed, packs: Vec<Digest>) -> Result<VersionView, String> {
