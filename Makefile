@@ -4,7 +4,7 @@ CARGO ?= cargo
 PROGRAM = $(or $(CARGO_TARGET_DIR),target)/release/collective
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: demo demo-stop test soak lint install
+.PHONY: demo demo-stop test soak lint install bench bench-store
 
 demo:            ## the main job on a real Debian appliance
 	deploy/install-deps demo
@@ -25,6 +25,13 @@ soak:            ## what takes long: a plain Debian with cloud-init, bad luck at
 lint:            ## format and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+bench: bench-store
+
+bench-store:     ## the store against its peers, some 30 minutes, as root; results in target/bench/store.{json,md,svg}
+	deploy/install-deps bench
+	$(CARGO) build --release --bin collective
+	bench/store/run $(PROGRAM)
 
 install:         ## the program into /usr/local/bin
 	$(CARGO) build --release --bin collective

@@ -48,6 +48,18 @@ impl Pace {
     const ANEW: Self = Self { anew: true, ..Self::BULK };
 }
 
+/// Given each frame's name and verified content.
+pub type Take = Arc<dyn Fn(&Digest, &[u8]) -> std::io::Result<()> + Send + Sync>;
+
+/// What is done with frames as they come.
+struct Terms<'a> {
+    pace: Pace,
+    /// Told of stored bytes.
+    progress: &'a (dyn Fn(u64) + Sync),
+    /// Who gets the content; then only what others differ from is kept in the cache.
+    take: Option<Take>,
+}
+
 /// Why a frame is not to be had.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
@@ -338,7 +350,7 @@ impl FrameStore {
         }
         let stored = self.source.read(appliance, pack, entry.range()).await;
         let stored = stored.map_err(|source| FetchError::Source { frame: entry.digest, source })?;
-        let accepted = accept(&self.cache, piece, &stored)?;
+        let accepted = accept(&self.cache, piece, &stored, true)?;
         self.count(piece);
         Ok(accepted)
     }
@@ -375,20 +387,16 @@ impl FrameStore {
             plain.extend(bases.iter().filter(|base| seen.insert(**base)).filter_map(|base| locator.forms.plain(base)));
         }
         let (frames, found) = (plain.len() as u64, deltas.len() as u64);
-        let mut moved = self.fetch_sound(plain, Pace::ANEW, progress).await?;
+        let terms = Terms { pace: Pace::ANEW, progress, take: None };
+        let mut moved = self.fetch_sound(plain, &terms).await?;
         deltas.retain(|piece| piece.bases.iter().all(|base| self.cache.has(&base.frame)));
         let checked = deltas.len() as u64;
-        moved += self.fetch_sound(deltas, Pace::ANEW, progress).await?;
+        moved += self.fetch_sound(deltas, &terms).await?;
         Ok(Checked { bytes: moved, frames, deltas: checked, deltas_without_bases: found - checked })
     }
 
-    async fn fetch_sound(
-        &self,
-        pieces: Vec<Piece>,
-        pace: Pace,
-        progress: &(dyn Fn(u64) + Sync),
-    ) -> Result<u64, FetchError> {
-        let (moved, failed) = self.fetch_all(pieces, pace, progress).await?;
+    async fn fetch_sound(&self, pieces: Vec<Piece>, terms: &Terms<'_>) -> Result<u64, FetchError> {
+        let (moved, failed) = self.fetch_all(pieces, terms, &Arc::default()).await?;
         match failed.into_iter().next() {
             None => Ok(moved),
             Some((_, error)) => {
@@ -437,12 +445,46 @@ impl FrameStore {
         pace: Pace,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<u64, FetchError> {
+        self.fetch_missing(digests, &Terms { pace, progress, take: None }).await
+    }
+
+    /// Gives the content of each of `digests` to `take`, once, in any order and from several threads. What is not in the
+    /// cache is fetched as by [`prefetch`](Self::prefetch), but not kept. Returns how many stored bytes came.
+    pub async fn deliver(
+        &self,
+        digests: &[Digest],
+        take: Take,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<u64, FetchError> {
+        let given = Arc::new(Mutex::new(HashSet::new()));
+        let (noted, taker) = (given.clone(), take.clone());
+        let note = move |digest: &Digest, content: &[u8]| {
+            taker(digest, content)?;
+            lock(&noted).insert(*digest);
+            Ok(())
+        };
+        let moved =
+            self.fetch_missing(digests, &Terms { pace: Pace::BULK, progress, take: Some(Arc::new(note)) }).await?;
+        let mut rest: Vec<Digest> = digests.iter().filter(|digest| !lock(&given).contains(digest)).copied().collect();
+        rest.sort_unstable();
+        rest.dedup();
+        for some in rest.chunks(RECENT) {
+            for (digest, content) in some.iter().zip(self.read_all(some).await?) {
+                take(digest, &content)?;
+            }
+        }
+        Ok(moved)
+    }
+
+    async fn fetch_missing(&self, digests: &[Digest], terms: &Terms<'_>) -> Result<u64, FetchError> {
         let mut pieces = self.choose(digests).await?;
+        let bases = pieces.iter().flat_map(|piece| piece.bases.iter().map(|base| base.frame));
+        let bases: Arc<HashSet<Digest>> = Arc::new(bases.collect());
         let differences = pieces.split_off(pieces.partition_point(|piece| piece.bases.is_empty()));
         let mut moved = 0;
         let mut passed_over = Vec::new();
         for pieces in [pieces, differences] {
-            let (bytes, failed) = self.fetch_all(pieces, pace, progress).await?;
+            let (bytes, failed) = self.fetch_all(pieces, terms, &bases).await?;
             moved += bytes;
             passed_over.extend(failed);
         }
@@ -457,22 +499,22 @@ impl FrameStore {
             }
             again.push(self.plain(&piece.entry.digest).await?);
         }
-        Ok(moved + self.fetch_sound(again, pace, progress).await?)
+        Ok(moved + self.fetch_sound(again, terms).await?)
     }
 
     /// Fetches pieces; also returns those that the store refused or that are not sound.
     async fn fetch_all(
         &self,
         mut pieces: Vec<Piece>,
-        pace: Pace,
-        progress: &(dyn Fn(u64) + Sync),
+        terms: &Terms<'_>,
+        bases: &Arc<HashSet<Digest>>,
     ) -> Result<(u64, Vec<(Piece, FetchError)>), FetchError> {
+        let pace = terms.pace;
         if !pace.ordered {
             pieces.sort_by_key(|piece| (piece.pack, piece.entry.offset));
         }
         let requests = futures_util::stream::iter(group(pieces, pace.request_bytes));
-        let fetched =
-            requests.map(|request| self.fetch_new(request, pace.anew, progress)).buffer_unordered(pace.requests);
+        let fetched = requests.map(|request| self.fetch_new(request, terms, bases)).buffer_unordered(pace.requests);
         let sum = |(sum, mut all): (u64, Vec<_>), (bytes, failed)| async move {
             all.extend(failed);
             Ok((sum + bytes, all))
@@ -484,14 +526,14 @@ impl FrameStore {
     async fn fetch_new(
         &self,
         group: Group,
-        anew: bool,
-        progress: &(dyn Fn(u64) + Sync),
+        terms: &Terms<'_>,
+        bases: &Arc<HashSet<Digest>>,
     ) -> Result<(u64, Vec<(Piece, FetchError)>), FetchError> {
         let mut turns = Turns { store: self, held: Vec::new() };
-        let pieces = group.0.into_iter().filter(|piece| anew || turns.take(&piece.entry.digest)).collect();
+        let pieces = group.0.into_iter().filter(|piece| terms.pace.anew || turns.take(&piece.entry.digest)).collect();
         let (mut moved, mut failed) = (0, Vec::new());
         for group in crate::locate::group(pieces, u64::MAX) {
-            let (bytes, wrong) = self.fetch_group(group, progress).await?;
+            let (bytes, wrong) = self.fetch_group(group, terms, bases).await?;
             moved += bytes;
             failed.extend(wrong);
         }
@@ -501,7 +543,8 @@ impl FrameStore {
     async fn fetch_group(
         &self,
         group: Group,
-        progress: &(dyn Fn(u64) + Sync),
+        terms: &Terms<'_>,
+        bases: &Arc<HashSet<Digest>>,
     ) -> Result<(u64, Vec<(Piece, FetchError)>), FetchError> {
         let range = group.range();
         let Some(first) = group.0.first() else { return Ok((0, Vec::new())) };
@@ -515,11 +558,16 @@ impl FrameStore {
                 return Ok((0, group.0.into_iter().map(|piece| (piece.clone(), error(&piece))).collect()));
             }
         };
-        let cache = self.cache.clone();
+        let (cache, take, bases) = (self.cache.clone(), terms.take.clone(), bases.clone());
         let accepted = tokio::task::spawn_blocking(move || {
             let accept = |piece: Piece| {
                 let at = (piece.entry.offset - range.start) as usize;
-                let accepted = accept(&cache, &piece, &bytes[at..at + piece.entry.stored as usize]);
+                let keep = take.is_none() || bases.contains(&piece.entry.digest);
+                let mut accepted = accept(&cache, &piece, &bytes[at..at + piece.entry.stored as usize], keep);
+                if let (Ok(accepted), Some(take)) = (&mut accepted, &take) {
+                    let given = take(&piece.entry.digest, &accepted.content);
+                    accepted.kept = std::mem::replace(&mut accepted.kept, Ok(())).and(given);
+                }
                 (piece, accepted)
             };
             group.0.into_par_iter().map(accept).collect::<Vec<_>>()
@@ -532,7 +580,7 @@ impl FrameStore {
                     accepted.kept?;
                     self.count(&piece);
                     moved += u64::from(piece.entry.stored);
-                    progress(piece.entry.stored.into());
+                    (terms.progress)(piece.entry.stored.into());
                 }
                 Err(error) => failed.push((piece, error)),
             }
@@ -666,14 +714,16 @@ struct Accepted {
     kept: std::io::Result<()>,
 }
 
-/// Verifies what came, and keeps it in a form that stands for itself.
-fn accept(cache: &Cache, piece: &Piece, stored: &[u8]) -> Result<Accepted, FetchError> {
+/// Verifies what came, and keeps it in a form that stands for itself, if it is to be kept.
+fn accept(cache: &Cache, piece: &Piece, stored: &[u8], keep: bool) -> Result<Accepted, FetchError> {
     let Piece { pack, entry, bases, .. } = piece;
     let damaged = |source| FetchError::Damaged { frame: entry.digest, pack: *pack, source };
+    let put = |encoding, stored: &[u8]| {
+        if keep { cache.put(&entry.digest, encoding, stored, entry.length) } else { Ok(()) }
+    };
     if bases.is_empty() {
         let content = decode(&entry.digest, entry.encoding, stored, entry.length as usize).map_err(damaged)?;
-        let kept = cache.put(&entry.digest, entry.encoding, stored, entry.length);
-        return Ok(Accepted { content, kept });
+        return Ok(Accepted { content, kept: put(entry.encoding, stored) });
     }
     let mut together = Vec::new();
     for base in bases.iter() {
@@ -681,9 +731,8 @@ fn accept(cache: &Cache, piece: &Piece, stored: &[u8]) -> Result<Accepted, Fetch
         together.extend_from_slice(base.of(&cached.content));
     }
     let content = decode_delta(&entry.digest, stored, entry.length as usize, &together).map_err(damaged)?;
-    let (encoding, stored): (Encoding, _) = encode(&content);
-    let kept = cache.put(&entry.digest, encoding, &stored, entry.length);
-    Ok(Accepted { content, kept })
+    let (encoding, stored): (Encoding, _) = if keep { encode(&content) } else { (Encoding::Plain, Vec::new()) };
+    Ok(Accepted { content, kept: put(encoding, &stored) })
 }
 
 fn came_wrong(error: &FetchError) -> bool {

@@ -351,6 +351,42 @@ fn differences_serve_readers_too_and_bad_ones_are_passed_over() {
 }
 
 #[test]
+fn each_content_is_delivered_once_and_little_is_kept() {
+    let shelf = Arc::new(Shelf::default());
+    let (v1, v2) = (Digest::of(b"1"), Digest::of(b"2"));
+    let old = random_disk(480, 1);
+    let (image1, _) = publish(&shelf, &old, v1, None);
+    let (image2, _) = publish(&shelf, &shifted(&old, 100, 90), v2, Some(v1));
+    let folder = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(&shelf, folder.path(), v1).await;
+        let some: Vec<_> = ImageMap::load(&store, image1).await.unwrap().frames().take(7).collect();
+        store.prefetch(&some, &|_| {}).await.unwrap();
+        let store = open(&shelf, folder.path(), v2).await;
+        let frames: Vec<_> = ImageMap::load(&store, image2).await.unwrap().frames().collect();
+        let lack = store.lack(&frames).await.unwrap();
+        let got = Arc::new(Mutex::new(Vec::new()));
+        let taker = got.clone();
+        let take = move |digest: &Digest, content: &[u8]| {
+            assert_eq!(Digest::of(content), *digest);
+            taker.lock().unwrap().push(*digest);
+            Ok(())
+        };
+        let twice = [frames.clone(), frames.clone()].concat();
+        assert_eq!(store.deliver(&twice, Arc::new(take), &|_| {}).await.unwrap(), lack.bytes);
+        let (mut got, mut wanted) = (got.lock().unwrap().clone(), frames.clone());
+        got.sort_unstable();
+        wanted.sort_unstable();
+        assert_eq!(got, wanted);
+        assert!(store.lack(&frames).await.unwrap().bytes > lack.bytes / 2, "they are not kept");
+        // Whoever takes may fail, and that ends it.
+        let full = |_: &Digest, _: &[u8]| Err(io::Error::other("no space"));
+        let error = store.deliver(&frames, Arc::new(full), &|_| {}).await.unwrap_err();
+        assert!(error.to_string().contains("no space"), "{error}");
+    });
+}
+
+#[test]
 fn many_readers_one_fetch() {
     let shelf = Arc::new(Shelf::default());
     let v1 = Digest::of(b"1");

@@ -1,6 +1,8 @@
 //! `collective export`: a published version or an instance as an ordinary file, so that nobody is locked in.
 
+use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use collective_api::{Client, PlaneStore, TunnelTarget};
 use collective_maker::{Export as Machine, ExportDisk, ExportFormat};
-use collective_model::{ByteSize, Disk, DiskRole, Name};
+use collective_model::{ByteSize, Digest, Disk, DiskRole, Name};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::image::{ImageMap, Run};
@@ -156,25 +158,38 @@ async fn write_disk(ui: &Ui, store: &FrameStore, disk: &Disk, path: &Path) -> Re
     let Some(image) = disk.image else { return Ok(()) };
     let map = ImageMap::load(store, image).await?;
     let frames: Vec<_> = map.frames().collect();
+    let places = places(&map);
+    // The last block may reach beyond the end of the disk.
+    let end = disk.size.0.min(map.size);
+    let take = move |frame: &Digest, content: &[u8]| {
+        for (at, from, length) in places.get(frame).into_iter().flatten() {
+            let part = content.get(*from..from + (*length).min(end.saturating_sub(*at)) as usize);
+            let part = part.ok_or_else(|| io::Error::other("the index points beyond a frame"))?;
+            file.write_all_at(part, *at)?;
+        }
+        Ok(())
+    };
     let bar = ui.bytes("fetching", store.lack(&frames).await?.bytes);
-    store.prefetch(&frames, &|bytes| bar.inc(bytes)).await?;
+    store.deliver(&frames, Arc::new(take), &|bytes| bar.inc(bytes)).await?;
     bar.finish_and_clear();
+    Ok(())
+}
+
+/// Where a disk has the content of each frame: offset on the disk, offset in the frame, length, in bytes.
+fn places(map: &ImageMap) -> HashMap<Digest, Vec<(u64, usize, u64)>> {
+    let mut places: HashMap<Digest, Vec<_>> = HashMap::new();
     let mut block = 0;
     while block < map.blocks() {
-        match map.run_at(block) {
-            Run::Zeros(blocks) => block += blocks,
-            Run::Frame { digest, length, offset, blocks } => {
-                let content = store.frame(&digest, length).await?;
-                let from = usize::from(offset) * BLOCK as usize;
-                // The last block may reach beyond the end of the disk.
-                let end = disk.size.0.min(map.size).saturating_sub(block * BLOCK).min(blocks * BLOCK);
-                let part = content.get(from..from + end as usize);
-                file.write_all_at(part.context("the index points beyond a frame")?, block * BLOCK)?;
-                block += blocks;
+        block += match map.run_at(block) {
+            Run::Zeros(blocks) => blocks,
+            Run::Frame { digest, offset, blocks, .. } => {
+                let place = (block * BLOCK, usize::from(offset) * BLOCK as usize, blocks * BLOCK);
+                places.entry(digest).or_default().push(place);
+                blocks
             }
-        }
+        };
     }
-    Ok(())
+    places
 }
 
 #[cfg(test)]
