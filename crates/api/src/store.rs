@@ -56,6 +56,12 @@ impl PlaneStore {
                 _ => tracing::warn!(%version, "a kept version is damaged and is fetched again"),
             }
         }
+        self.version_anew(version).await
+    }
+
+    /// The same from the plane in any case; what was kept stays if the plane does not answer.
+    pub async fn version_anew(&self, version: &Digest) -> Result<VersionDetail, StoreError> {
+        let path = self.kept.join(format!("{version}.json"));
         let detail: VersionDetail = self
             .client
             .get(&format!("/v1/versions/{version}"))
@@ -76,14 +82,15 @@ impl Source for PlaneStore {
         _: &'a ApplianceName,
         version: &'a Digest,
     ) -> BoxFuture<'a, Result<Vec<PackInfo>, SourceError>> {
-        async move {
-            match self.version(version).await {
-                Ok(detail) => Ok(detail.packs),
-                Err(StoreError::Client { source, .. }) => Err(source.into()),
-                Err(error) => Err(SourceError::Away(error.to_string())),
-            }
-        }
-        .boxed()
+        async move { packs_of(self.version(version).await) }.boxed()
+    }
+
+    fn packs_anew<'a>(
+        &'a self,
+        _: &'a ApplianceName,
+        version: &'a Digest,
+    ) -> BoxFuture<'a, Result<Vec<PackInfo>, SourceError>> {
+        async move { packs_of(self.version_anew(version).await) }.boxed()
     }
 
     fn read<'a>(
@@ -97,6 +104,14 @@ impl Source for PlaneStore {
             self.client.get_range(&path, range).await.map_err(Into::into)
         }
         .boxed()
+    }
+}
+
+fn packs_of(detail: Result<VersionDetail, StoreError>) -> Result<Vec<PackInfo>, SourceError> {
+    match detail {
+        Ok(detail) => Ok(detail.packs),
+        Err(StoreError::Client { source, .. }) => Err(source.into()),
+        Err(error) => Err(SourceError::Away(error.to_string())),
     }
 }
 

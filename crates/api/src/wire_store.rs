@@ -52,3 +52,25 @@ pub struct Collected {
     /// Packs that no version refers to, kept until publishers at work have ended.
     pub waiting: Vec<PackView>,
 }
+
+/// A pack of which versions use less than half; `GET /v1/store/repack` lists them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackWaste {
+    /// Whose.
+    pub appliance: ApplianceName,
+    /// Its name.
+    pub digest: Digest,
+    /// In bytes.
+    pub size: u64,
+    /// Bytes of it that a version uses.
+    pub used_bytes: u64,
+}
+
+/// The answer to `POST /v1/store/repack`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Repacked {
+    /// Packs that no version refers to any more.
+    pub packs: Vec<PackWaste>,
+    /// Bytes of the new packs that have what is used of them.
+    pub bytes_written: u64,
+}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use collective_api::{ApplianceView, KeyUpdate, PublishVersion, VersionDetail, VersionView};
 use collective_keys::{ChannelPointer, KeyChange, Kind, Pins, Signed};
-use collective_model::{ApplianceName, Digest, Manifest, Name, Reference, Selector, VersionName};
+use collective_model::{ApplianceName, Digest, Disk, Manifest, Name, Reference, Selector, VersionName};
 use collective_store::cache::Cache;
 use collective_store::depot::{Depot, DepotError};
 use collective_store::fetch::{FetchError, FrameStore};
@@ -101,10 +101,7 @@ impl Plane {
             if map.size > disk.size.0 {
                 return Err(wrong(format!("it has {} bytes, and the disk {}", map.size, disk.size.0)));
             }
-            let mut needed: Vec<Digest> = map.frames().collect();
-            needed.extend(map.pages());
-            needed.extend(disk.boot);
-            store.locate_all(&needed).await.map_err(unread)?;
+            store.locate_all(&needed(&map, disk)).await.map_err(unread)?;
         }
         Ok(infos)
     }
@@ -246,9 +243,16 @@ impl Plane {
 }
 
 /// The depot as a source, for the check of completeness.
-struct DepotSource {
-    depot: Depot,
-    packs: HashMap<Digest, Vec<PackInfo>>,
+/// Frames and pages of a disk whose image is `map`.
+pub(crate) fn needed(map: &ImageMap, disk: &Disk) -> Vec<Digest> {
+    map.frames().chain(map.pages().iter().copied()).chain(disk.boot).collect()
+}
+
+/// The depot as a host sees it.
+pub(crate) struct DepotSource {
+    pub depot: Depot,
+    /// The lists of versions.
+    pub packs: HashMap<Digest, Vec<PackInfo>>,
 }
 
 impl Source for DepotSource {

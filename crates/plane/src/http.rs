@@ -12,9 +12,9 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use collective_api::{
     ApplianceView, ChannelHead, Collected, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView,
-    JoinAnswer, JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PlaneStatus,
-    PowerRequest, PublishVersion, StoreStatus, StoreView, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
-    VersionDetail, VersionView,
+    JoinAnswer, JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PackWaste,
+    PlaneStatus, PowerRequest, PublishVersion, Repacked, StoreStatus, StoreView, TUNNEL_PROTOCOL, TokenView,
+    TunnelAnswer, TunnelTarget, VersionDetail, VersionView,
 };
 use collective_keys::Signed;
 use collective_model::{ApplianceName, Digest, Name, OperationId, TunnelId};
@@ -47,6 +47,7 @@ pub(crate) fn router(plane: Plane) -> Router {
         .route("/v1/versions/{version}", get(version).delete(withdraw))
         .route("/v1/store", get(store))
         .route("/v1/store/collect", post(collect))
+        .route("/v1/store/repack", get(wasted).post(repack))
         .route("/v1/tokens", post(create_token))
         .route("/v1/hosts", get(hosts))
         .route("/v1/hosts/join", post(join))
@@ -175,6 +176,16 @@ async fn withdraw(State(plane): State<Plane>, caller: Caller, Path(version): Pat
 async fn store(State(plane): State<Plane>, caller: Caller) -> Answer<Json<StoreView>> {
     caller.user()?;
     Ok(Json(plane.store_view().await?))
+}
+
+async fn wasted(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Vec<PackWaste>>> {
+    caller.user()?;
+    Ok(Json(plane.wasted().await?))
+}
+
+async fn repack(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Repacked>> {
+    caller.user()?;
+    Ok(Json(plane.repack().await?))
 }
 
 async fn collect(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Collected>> {

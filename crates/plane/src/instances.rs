@@ -19,7 +19,7 @@ pub(crate) fn random_id() -> Answer<[u8; 16]> {
     collective_keys::random_id().map_err(|e| Failure::internal(e.to_string()))
 }
 
-fn manifest_of(row: &VersionRow) -> Answer<Manifest> {
+pub(crate) fn manifest_of(row: &VersionRow) -> Answer<Manifest> {
     Manifest::parse(row.manifest.payload.as_bytes())
         .map_err(|e| Failure::internal(format!("the manifest of {} cannot be read: {e}", row.digest)))
 }

@@ -16,6 +16,7 @@ mod instances;
 mod place;
 mod problem;
 mod reconcile;
+mod repack;
 mod serve;
 mod storage;
 mod tunnel;

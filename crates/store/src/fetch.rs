@@ -590,7 +590,7 @@ impl FrameStore {
 
     /// The form of a frame that stands for itself; reads directories until there is one.
     async fn locate(&self, locator: &mut Locator, digest: &Digest) -> Result<Piece, FetchError> {
-        loop {
+        'lists: loop {
             if let Some(piece) = locator.forms.plain(digest) {
                 return Ok(piece);
             }
@@ -600,12 +600,18 @@ impl FrameStore {
                 }
                 return Err(FetchError::Nowhere(*digest));
             };
-            let packs = self.source.packs(&appliance, &version).await;
+            let packs = match locator.reread {
+                Some(_) => self.source.packs_anew(&appliance, &version).await,
+                None => self.source.packs(&appliance, &version).await,
+            };
             let packs = packs.map_err(|source| FetchError::Packs { appliance: appliance.clone(), version, source })?;
             for info in packs {
                 if !locator.forms.knows(&info.digest) {
-                    let directory = self.directory(&appliance, &info).await?;
-                    locator.forms.learn(&appliance, info.digest, directory);
+                    match self.directory(&appliance, &info).await {
+                        Ok(directory) => locator.forms.learn(&appliance, info.digest, directory),
+                        Err(error) if came_wrong(&error) && self.distrust(locator) => continue 'lists,
+                        Err(error) => return Err(error),
+                    }
                 }
             }
             locator.loaded += 1;
@@ -736,7 +742,8 @@ fn accept(cache: &Cache, piece: &Piece, stored: &[u8], keep: bool) -> Result<Acc
 }
 
 fn came_wrong(error: &FetchError) -> bool {
-    matches!(error, FetchError::Damaged { .. })
+    // A pack that is gone is refused: its frames are in others now.
+    matches!(error, FetchError::Damaged { .. } | FetchError::Source { source: SourceError::Refused(_), .. })
 }
 
 fn once_more(piece: &Piece, error: &FetchError) {

@@ -39,6 +39,15 @@ pub trait Source: Send + Sync {
         version: &'a Digest,
     ) -> BoxFuture<'a, Result<Vec<PackInfo>, SourceError>>;
 
+    /// The same, asked for anew where lists are kept: packs are written again without what is not used any more.
+    fn packs_anew<'a>(
+        &'a self,
+        appliance: &'a ApplianceName,
+        version: &'a Digest,
+    ) -> BoxFuture<'a, Result<Vec<PackInfo>, SourceError>> {
+        self.packs(appliance, version)
+    }
+
     /// Some bytes of a pack; exactly as many as asked for.
     fn read<'a>(
         &'a self,

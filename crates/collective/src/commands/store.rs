@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use clap::Subcommand;
-use collective_api::{Client, Collected, PackView, StoreView, VersionUse};
+use collective_api::{Client, Collected, PackView, PackWaste, Repacked, StoreView, VersionUse};
 use collective_model::{ApplianceName, ByteSize, Digest, Reference};
 use collective_store::pack;
 use futures_util::StreamExt;
@@ -55,7 +55,8 @@ fn unreferred<'a>(view: &'a StoreView, appliance: &'a ApplianceName) -> impl Ite
 /// Remove from the store what nothing needs
 ///
 /// Shows what would go and how many bytes that is; --yes removes it. Without --keep only packs go that no version refers
-/// to: what interrupted publishes left, and what was withdrawn. Safe while others publish and fetch.
+/// to: what interrupted publishes left, and what was withdrawn. Packs of which less than half is used are written again
+/// without the rest. Safe while others publish and fetch.
 ///
 /// Example: collective prune --keep 3 --yes
 #[derive(Debug, clap::Args)]
@@ -99,17 +100,23 @@ impl Prune {
         if self.yes {
             return remove(ui, client, &prunable).await;
         }
+        let wasted: Vec<PackWaste> = client.get("/v1/store/repack").await?;
+        let repackable: u64 = wasted.iter().map(|pack| pack.size - pack.used_bytes.min(pack.size)).sum();
         let (bytes, all) = (bytes_of(&prunable.packs), bytes_of(&view.packs));
         let value = serde_json::json!({
-            "withdraw": prunable.versions, "packs": prunable.packs, "bytes": bytes, "store_bytes": all,
+            "withdraw": prunable.versions, "packs": prunable.packs, "bytes": bytes, "repack": wasted,
+            "repack_bytes": repackable, "store_bytes": all,
         });
         ui.data(&value, |ui| {
             for version in &prunable.versions {
                 ui.line(format!("would withdraw {}:{}", version.appliance, version.version));
             }
             ui.line(format!("would remove {} packs, {} of {}", prunable.packs.len(), ByteSize(bytes), ByteSize(all)));
+            if !wasted.is_empty() {
+                ui.line(format!("would write {} packs again, without {}", wasted.len(), ByteSize(repackable)));
+            }
         });
-        if !prunable.packs.is_empty() || !prunable.versions.is_empty() {
+        if !wasted.is_empty() || !prunable.packs.is_empty() || !prunable.versions.is_empty() {
             ui.hint("nothing was changed; --yes removes it");
         } else if self.keep.is_none() {
             ui.hint("--keep N also withdraws versions older than the newest N of each appliance");
@@ -127,11 +134,12 @@ async fn remove(ui: &Ui, client: &Client, prunable: &Prunable) -> Result<()> {
             done => done?,
         }
     }
+    let repacked: Repacked = client.post("/v1/store/repack", &()).await?;
     let collected: Collected = client.post("/v1/store/collect", &()).await?;
     let (removed, waiting) = (bytes_of(&collected.removed), bytes_of(&collected.waiting));
     let value = serde_json::json!({
         "withdrawn": prunable.versions.len() - kept.len(), "packs": collected.removed.len(), "bytes": removed,
-        "waiting_bytes": waiting,
+        "waiting_bytes": waiting, "repacked": repacked.packs.len(), "bytes_written": repacked.bytes_written,
     });
     ui.data(&value, |ui| {
         ui.line(format!(
@@ -140,6 +148,10 @@ async fn remove(ui: &Ui, client: &Client, prunable: &Prunable) -> Result<()> {
             collected.removed.len(),
             ByteSize(removed)
         ));
+        if !repacked.packs.is_empty() {
+            let (packs, written) = (repacked.packs.len(), ByteSize(repacked.bytes_written));
+            ui.line(format!("wrote what is used of {packs} packs again, {written}"));
+        }
     });
     kept.iter().for_each(|why| ui.hint(why));
     if waiting > 0 {

@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 
 use collective_model::{ApplianceName, Digest, Timestamp, VersionName};
+use collective_store::PackInfo;
 use sqlx::{Row, Sqlite, SqliteConnection, Transaction};
 
 use super::{Database, VersionRow, text};
@@ -146,6 +147,30 @@ impl Database {
             .bind(serde_json::to_string(&row.packs)?)
             .execute(&mut *writer)
             .await?;
+        writer.commit().await?;
+        Ok(())
+    }
+
+    /// In the lists of `versions`, puts the packs `new`, which are durable, in place of those in `old`.
+    pub async fn replace_packs(&self, versions: &[Digest], old: &HashSet<Digest>, new: &[PackInfo]) -> Answer<()> {
+        let mut writer = self.writer().await?;
+        for version in versions {
+            let query = sqlx::query("SELECT * FROM versions WHERE digest = ?").bind(version.to_string());
+            // It may have been withdrawn meanwhile.
+            let Some(row) = query.fetch_optional(&mut *writer).await? else { continue };
+            let row = Self::version_row(&row)?;
+            let mut packs: Vec<PackInfo> =
+                row.packs.iter().filter(|info| !old.contains(&info.digest)).copied().collect();
+            if packs.len() == row.packs.len() {
+                continue;
+            }
+            packs.extend(new.iter().filter(|info| row.packs.iter().all(|known| known.digest != info.digest)));
+            for info in new {
+                forgive(&mut writer, &row.appliance, &info.digest).await?;
+            }
+            let query = sqlx::query("UPDATE versions SET packs = ? WHERE digest = ?");
+            query.bind(serde_json::to_string(&packs)?).bind(version.to_string()).execute(&mut *writer).await?;
+        }
         writer.commit().await?;
         Ok(())
     }
