@@ -6,6 +6,7 @@ use collective_model::Digest;
 use rayon::prelude::*;
 
 use crate::BLOCK;
+use crate::blocks::BlockIndex;
 use crate::pack::{self, Base, EntryKind, PART_BYTES, PackError};
 use crate::similar::{Similar, anchors};
 
@@ -148,7 +149,7 @@ fn number(rest: &mut &[u8]) -> Option<u32> {
 pub struct KnownBlocks {
     /// The name of each frame, and of each page that may be a base, and its count of blocks.
     pub(crate) frames: Vec<(Digest, u16)>,
-    pub(crate) by_hash: HashMap<BlockHash, (u32, u8)>,
+    pub(crate) by_hash: BlockIndex,
     pub(crate) pages: HashSet<Digest>,
     /// The pack of each frame and page that stands for itself.
     pub(crate) home: HashMap<Digest, Digest>,
@@ -178,9 +179,8 @@ impl KnownBlocks {
         for FrameHashes { digest, blocks, anchors } in &hashes.frames {
             self.home.insert(*digest, *pack);
             let frame = self.resembles(digest, blocks.len() as u16, anchors);
-            for (offset, hash) in blocks.iter().enumerate() {
-                self.by_hash.entry(*hash).or_insert((frame, offset as u8));
-            }
+            self.by_hash.begin_frame(frame);
+            blocks.iter().for_each(|hash| self.by_hash.add(hash));
         }
     }
 

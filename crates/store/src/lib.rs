@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+mod blocks;
 pub mod cache;
 mod decoded;
 pub mod depot;

@@ -241,8 +241,8 @@ impl<'a> Publisher<'a> {
         for ((index, content), hash) in (blocks.start..).zip(bytes.chunks_exact(BLOCK as usize)).zip(digests) {
             let Some(hash) = hash else { continue };
             self.summary.used_bytes += BLOCK;
-            let (frame, offset) = match self.known.by_hash.get(&hash) {
-                Some(place) => *place,
+            let (frame, offset) = match self.known.by_hash.find(&hash)? {
+                Some(place) => place,
                 None => self.add_block(hash, content)?,
             };
             push_extent(extents, index, frame, offset);
@@ -255,11 +255,12 @@ impl<'a> Publisher<'a> {
             // Its name is known when it is full.
             self.open.index = self.known.frames.len() as u32;
             self.known.frames.push((Digest([0; 32]), 0));
+            self.known.by_hash.begin_frame(self.open.index);
         }
         let (frame, offset) = (self.open.index, self.open.blocks.len() as u8);
         self.open.content.extend_from_slice(content);
         self.open.blocks.push(hash);
-        self.known.by_hash.insert(hash, (frame, offset));
+        self.known.by_hash.add(&hash);
         self.summary.new_bytes += BLOCK;
         if self.open.blocks.len() == self.frame_blocks() {
             self.close_frame();
