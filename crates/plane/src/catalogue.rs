@@ -48,6 +48,7 @@ impl Plane {
             )));
         }
         self.accept_key(&appliance.publisher, &request.manifest).await?;
+        let _looking = self.inner.looking.read().await;
         let packs = self.complete(&manifest, &digest, &request.packs).await?;
         let row = VersionRow {
             digest,

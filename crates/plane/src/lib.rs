@@ -109,6 +109,8 @@ struct Inner {
     tunnels: tunnel::Tunnels,
     /// Held while packs are removed.
     collecting: tokio::sync::Mutex<()>,
+    /// Read from where somebody looks whether packs are there until a version refers to them.
+    looking: tokio::sync::RwLock<()>,
     /// Grows when something that hosts are told changes.
     orders: watch::Sender<u64>,
     /// Grows when anything that users see changes.
@@ -135,6 +137,7 @@ impl Plane {
             public,
             tunnels: tunnel::Tunnels::default(),
             collecting: Default::default(),
+            looking: Default::default(),
             orders: watch::Sender::new(first),
             state: watch::Sender::new(first),
         };
