@@ -20,7 +20,7 @@ pub use fleet::{Fleet, Outcome, free_port};
 pub use guest::{Guest, cloud, tiny};
 pub use link::Link;
 pub use objects::{ObjectFault, Objects};
-pub use power::{Damage, apply, power_cut};
+pub use power::{Damage, damage_files};
 pub use seaweed::Seaweed;
 pub use talk::Talk;
 

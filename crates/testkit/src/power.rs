@@ -23,21 +23,24 @@ pub enum Damage {
     Rot,
 }
 
-const ALL: [Damage; 6] =
-    [Damage::Absent, Damage::Empty, Damage::CutShort, Damage::LostTail, Damage::Zeros, Damage::Rot];
+impl Damage {
+    /// What a power cut does.
+    pub const POWER_CUT: [Self; 5] = [Self::Absent, Self::Empty, Self::CutShort, Self::LostTail, Self::Zeros];
+    /// What years do.
+    pub const AGE: [Self; 3] = [Self::Absent, Self::Zeros, Self::Rot];
+}
 
-/// Cuts the power under all files in a folder and below: so many of a hundred are damaged. Returns how many.
-pub fn power_cut(folder: &Path, percent: u64, dice: &mut Dice) -> io::Result<usize> {
+/// Damages so many of a hundred files in a folder and below, each in one of these ways. Returns how many.
+pub fn damage_files(folder: &Path, percent: u64, ways: &[Damage], dice: &mut Dice) -> io::Result<usize> {
     let mut entries = fs::read_dir(folder)?.collect::<io::Result<Vec<_>>>()?;
     // The order in which a folder lists its files must not decide what happens to them.
     entries.sort_by_key(fs::DirEntry::file_name);
     let mut damaged = 0;
     for entry in entries {
         if entry.file_type()?.is_dir() {
-            damaged += power_cut(&entry.path(), percent, dice)?;
+            damaged += damage_files(&entry.path(), percent, ways, dice)?;
         } else if dice.percent(percent) {
-            let damage = *dice.pick(&ALL);
-            apply(damage, &entry.path(), dice)?;
+            apply(*dice.pick(ways), &entry.path(), dice)?;
             damaged += 1;
         }
     }
@@ -45,7 +48,7 @@ pub fn power_cut(folder: &Path, percent: u64, dice: &mut Dice) -> io::Result<usi
 }
 
 /// Does this to a file. It becomes another file under the same name: after a power cut nobody has it open.
-pub fn apply(damage: Damage, path: &Path, dice: &mut Dice) -> io::Result<()> {
+fn apply(damage: Damage, path: &Path, dice: &mut Dice) -> io::Result<()> {
     let mut bytes = fs::read(path)?;
     let at = dice.roll(bytes.len() as u64) as usize;
     match damage {

@@ -66,7 +66,7 @@ pub fn life(
     let (operations, percent) = (dice.roll(160), *dice.pick(&[0, 0, 3, 12]));
     let (early, seed) = (dice.percent(15), dice.roll(u64::MAX));
     let (soon, later) = if early { (dice.roll(6), percent) } else { (operations, 0) };
-    world.lock().unwrap().dead = false;
+    world.lock().unwrap().begin();
     process(async {
         if early {
             objects.fail(later);
@@ -177,7 +177,9 @@ async fn publish(mut maker: Maker, mut dice: Dice) {
                 }
             }
         };
+        maker.world.lock().unwrap().at_work.insert(version.clone());
         tokio::join!(twin, stubborn);
+        maker.world.lock().unwrap().at_work.remove(&version);
         if dice.percent(40) {
             maker.point(&version).await.unwrap_or_else(|why| readable(&why));
         }

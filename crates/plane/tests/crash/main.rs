@@ -13,7 +13,7 @@ mod world;
 
 use std::collections::BTreeMap;
 
-use collective_testkit::{Dice, ObjectFault, Objects, power_cut};
+use collective_testkit::{Damage, Dice, ObjectFault, Objects, damage_files};
 
 use world::World;
 
@@ -63,7 +63,7 @@ fn chain(seed: u64, kind: &'static str, seen: &mut Seen) {
         data = left;
         if power {
             // The database is as it was at that instant; the plane's cache is not synced, and may be anything.
-            power_cut(&data.join("cache"), 40, &mut dice).unwrap();
+            damage_files(&data.join("cache"), 40, &Damage::POWER_CUT, &mut dice).unwrap();
         }
         proof::prove(&data, &objects, part, &world, seen);
     }

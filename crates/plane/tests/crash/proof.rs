@@ -18,7 +18,7 @@ use super::world::{Shared, Version, Withdrawal};
 pub fn prove(data: &Path, objects: &Objects, part: Option<usize>, world: &Shared, seen: &mut Seen) {
     process(async {
         objects.restart().await;
-        world.lock().unwrap().dead = false;
+        world.lock().unwrap().begin();
         let maker = open(data, objects, part, world).await.unwrap();
         mend_all(&maker).await;
         let versions = visible(&maker).await;

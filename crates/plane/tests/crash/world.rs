@@ -45,6 +45,8 @@ pub struct World {
     pub packs: BTreeMap<String, Bytes>,
     /// Packs that were damaged and whose repair was not acknowledged.
     pub damaged: BTreeSet<String>,
+    /// Versions that somebody is publishing, who would bring them back.
+    pub at_work: BTreeSet<Version>,
     /// Answers that came after the death do not count.
     pub dead: bool,
     next: u64,
@@ -60,9 +62,16 @@ impl World {
             leases: BTreeSet::new(),
             packs: BTreeMap::new(),
             damaged: BTreeSet::new(),
+            at_work: BTreeSet::new(),
             dead: false,
             next: 0,
         }))
+    }
+
+    /// A new process, and makers that have nothing under way.
+    pub fn begin(&mut self) {
+        self.dead = false;
+        self.at_work.clear();
     }
 
     /// A number that no version has.
@@ -75,7 +84,7 @@ impl World {
     pub fn may_withdraw(&self, version: &Version) -> bool {
         let record = self.records.get(version).copied().unwrap_or_default();
         let pointed = self.pointed.iter().any(|(appliance, _, to)| (appliance, to) == (&version.0, &version.1));
-        record.published && record.withdrawal == Withdrawal::No && !pointed
+        record.published && record.withdrawal == Withdrawal::No && !pointed && !self.at_work.contains(version)
     }
 }
 
