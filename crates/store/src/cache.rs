@@ -56,7 +56,10 @@ impl Cache {
         std::fs::create_dir_all(root.join("frames"))?;
         std::fs::create_dir_all(root.join("packs"))?;
         let cache = Self { root: root.to_owned() };
-        settle::after_boot(&cache)?;
+        if let Err(error) = settle::after_boot(&cache) {
+            // A full disk must not keep machines from starting; what is damaged is found when it is read.
+            tracing::warn!(%error, "what was not synced in the cache before this boot could not be looked at");
+        }
         Ok(cache)
     }
 
@@ -138,7 +141,10 @@ impl Cache {
         let begun = SystemTime::now();
         let folder = std::fs::File::open(&self.root)?;
         rustix::fs::syncfs(&folder)?;
-        settle::note_synced(self, begun)
+        if let Err(error) = settle::note_synced(self, begun) {
+            tracing::warn!(%error, "it could not be noted that the cache was synced; more is looked at after the next boot");
+        }
+        Ok(())
     }
 
     /// Frames in their stored form that were written or used at this time or later.
