@@ -19,21 +19,21 @@ pub type Target = fn(&[u8]);
 
 /// All targets by their names, and how many inputs an ordinary test run gives them: those that write files are slower.
 pub const TARGETS: [(&str, Target, u64); 15] = [
-    ("delta", delta, 50_000),
-    ("disk", disk, 8000),
-    ("frame", frame, 100_000),
-    ("hashes", hashes, 200_000),
-    ("image", image, 2000),
-    ("layer", layer, 2000),
-    ("manifest", manifest, 200_000),
-    ("ovf", ovf, 200_000),
-    ("pack", pack, 200_000),
-    ("page", page, 300_000),
-    ("recipe", recipe, 100_000),
-    ("signed", signed, 5000),
-    ("sparse", sparse, 8000),
-    ("tail", tail, 300_000),
-    ("trace", trace, 300_000),
+    ("delta", delta, 25_000),
+    ("disk", disk, 4000),
+    ("frame", frame, 50_000),
+    ("hashes", hashes, 100_000),
+    ("image", image, 1200),
+    ("layer", layer, 1000),
+    ("manifest", manifest, 80_000),
+    ("ovf", ovf, 80_000),
+    ("pack", pack, 100_000),
+    ("page", page, 150_000),
+    ("recipe", recipe, 50_000),
+    ("signed", signed, 3000),
+    ("sparse", sparse, 5000),
+    ("tail", tail, 150_000),
+    ("trace", trace, 150_000),
 ];
 
 /// A folder for what a target writes, in memory where that can be.
