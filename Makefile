@@ -4,7 +4,7 @@ CARGO ?= cargo
 PROGRAM = $(or $(CARGO_TARGET_DIR),target)/release/collective
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: demo demo-stop test soak lint install bench bench-store
+.PHONY: demo demo-stop test soak fuzz lint install bench bench-store
 
 demo:            ## the main job on a real Debian appliance
 	deploy/install-deps demo
@@ -21,6 +21,16 @@ test: lint       ## everything that is tested, with real QEMU
 soak:            ## what takes long: a plain Debian with cloud-init, bad luck at many instants; SOAK=N for more
 	deploy/install-deps test
 	$(CARGO) test -p collective --test soak -- --ignored --test-threads 1
+
+# Sanitizers are not stable yet; the variable lets the stable compiler use them. What is found goes below fuzz/artifacts,
+# and belongs into fuzz/corpus once it is understood.
+FUZZ ?= 60
+fuzz:            ## looks for bytes that break a format, FUZZ seconds for each; needs cargo-fuzz and a C++ compiler
+	cd fuzz && for target in $$($(CARGO) fuzz list); do \
+	  mkdir -p target/found/$$target && \
+	  RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --dev $$target target/found/$$target corpus/$$target -- \
+	    -max_total_time=$(FUZZ) -timeout=20 -max_len=65536 || exit 1; \
+	done
 
 lint:            ## format and clippy
 	$(CARGO) fmt --all --check

@@ -15,3 +15,8 @@ pub use build::{BuildError, BuiltVersion, build, read_recipe};
 pub use disks::{DiskFile, DisksError, PreparedDisk, open_disks};
 pub use export::{Export, ExportDisk, ExportError, ExportFormat, export};
 pub use import::{Import, ImportError, Imported, import};
+
+/// Reads an OVF descriptor and imports nothing; says what is wrong with it.
+pub fn check_ovf(text: &str) -> Result<(), String> {
+    ovf::parse(text).map(drop)
+}

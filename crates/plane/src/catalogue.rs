@@ -48,6 +48,7 @@ impl Plane {
             )));
         }
         self.accept_key(&appliance.publisher, &request.manifest).await?;
+        let _looking = self.inner.looking.read().await;
         let packs = self.complete(&manifest, &digest, &request.packs).await?;
         let row = VersionRow {
             digest,
@@ -72,7 +73,13 @@ impl Plane {
         }
         pins.accept(publisher, signed.key).map_err(|e| Failure::forbidden(e.to_string()))?;
         if known.is_none() && !self.database().bind_publisher(publisher, &signed.key).await? {
-            return Err(Failure::conflict(format!("somebody else published as \"{publisher}\" just now; try again")));
+            // Two first versions at once are fine where one key signed both.
+            let bound = self.database().publisher(publisher).await?;
+            if bound.is_none_or(|bound| bound.key != signed.key) {
+                return Err(Failure::conflict(format!(
+                    "somebody else published as \"{publisher}\" just now; try again"
+                )));
+            }
         }
         Ok(())
     }

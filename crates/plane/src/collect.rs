@@ -66,10 +66,17 @@ impl Plane {
         }
         let _alone = self.inner.collecting.lock().await;
         if self.database().condemned(appliance, pack).await? == Condemned::Removing {
-            self.depot().remove_pack(appliance, pack).await?;
-            self.database().removed(appliance, pack).await?;
+            self.remove(appliance, pack).await?;
         }
         Ok(())
+    }
+
+    /// Deletes a pack that is marked as being removed. The mark is what refuses versions whose pack was there when it was
+    /// looked for, so it goes when none of these are left: their publishers may have lost their leases.
+    async fn remove(&self, appliance: &ApplianceName, pack: &Digest) -> Answer<()> {
+        self.depot().remove_pack(appliance, pack).await?;
+        let _nobody_looks = self.inner.looking.write().await;
+        self.database().removed(appliance, pack).await
     }
 
     /// Everything in the store and what needs it.
@@ -126,8 +133,7 @@ impl Plane {
             if waits {
                 collected.waiting.push(pack);
             } else if self.database().begin_removal(appliance, digest).await? {
-                self.depot().remove_pack(appliance, digest).await?;
-                self.database().removed(appliance, digest).await?;
+                self.remove(appliance, digest).await?;
                 collected.removed.push(pack);
             }
         }

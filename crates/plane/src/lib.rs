@@ -110,6 +110,8 @@ struct Inner {
     tunnels: tunnel::Tunnels,
     /// Held while packs are removed.
     collecting: tokio::sync::Mutex<()>,
+    /// Read from where somebody looks whether packs are there until a version refers to them.
+    looking: tokio::sync::RwLock<()>,
     /// Grows when something that hosts are told changes.
     orders: watch::Sender<u64>,
     /// Grows when anything that users see changes.
@@ -119,12 +121,24 @@ struct Inner {
 impl Plane {
     /// Opens or creates a plane in its folder.
     pub async fn open(config: &PlaneConfig) -> Result<(Self, Tls), PlaneError> {
+        Self::open_with(config, None).await
+    }
+
+    /// As [`open`](Self::open), over a store of the caller's, which nothing else must change.
+    pub async fn open_over(config: &PlaneConfig, store: Depot) -> Result<(Self, Tls), PlaneError> {
+        Self::open_with(config, Some(store)).await
+    }
+
+    async fn open_with(config: &PlaneConfig, store: Option<Depot>) -> Result<(Self, Tls), PlaneError> {
         let folder = |source| PlaneError::Folder { path: config.data.clone(), source };
         create_private(&config.data).map_err(folder)?;
         let path = config.data.join("plane.db");
         let database =
             Database::open(&path).await.map_err(|source| PlaneError::Database { path: path.clone(), source })?;
-        let depot = storage::open(config, &database).await?;
+        let depot = match store {
+            Some(store) => storage::adopt(store, config, &database).await?,
+            None => storage::open(config, &database).await?,
+        };
         let tls = Tls::load_or_create(&config.data)?;
         let public = config.address.clone().map(|address| (address, tls.fingerprint()));
         // Revisions only have to differ from those that readers saw before a restart.
@@ -136,6 +150,7 @@ impl Plane {
             public,
             tunnels: tunnel::Tunnels::default(),
             collecting: Default::default(),
+            looking: Default::default(),
             orders: watch::Sender::new(first),
             state: watch::Sender::new(first),
         };

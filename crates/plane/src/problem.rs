@@ -5,6 +5,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use collective_api::Problem;
 use collective_store::depot::{DepotError, TroubleKind};
+use sqlx::error::ErrorKind;
 
 /// Why a request fails.
 #[derive(Debug)]
@@ -74,6 +75,10 @@ impl From<sqlx::Error> for Failure {
                 StatusCode::INSUFFICIENT_STORAGE,
                 "the plane's disk is full; free space on it and repeat the command",
             );
+        }
+        let refused = error.as_database_error().map(|error| error.kind());
+        if matches!(refused, Some(ErrorKind::ForeignKeyViolation | ErrorKind::UniqueViolation)) {
+            return Self::conflict("somebody else changed what this refers to just now; repeat the command");
         }
         Self::internal(format!("the plane's database failed: {error}"))
     }

@@ -52,6 +52,14 @@ pub(crate) async fn open(config: &PlaneConfig, database: &Database) -> Result<De
     Ok(depot)
 }
 
+/// Takes a store that is open, and claims it.
+pub(crate) async fn adopt(depot: Depot, config: &PlaneConfig, database: &Database) -> Result<Depot, PlaneError> {
+    let unread = |source| PlaneError::Database { path: config.data.join("plane.db"), source };
+    let depot = depot.owned_by(&plane_id(database).await.map_err(unread)?, false);
+    depot.claimed().await?;
+    Ok(depot)
+}
+
 fn describe(config: &PlaneConfig, place: &Place) -> String {
     match place {
         Place::Local => config.data.join("store").display().to_string(),

@@ -2,7 +2,8 @@
 //!
 //! The daemon and every runner use the same folder at once and need no lock: a file appears whole, by rename, and a
 //! reader who does not find one fetches it. Nothing is synced here: a file that a power cut left damaged fails its
-//! digest, is removed and fetched again. Whoever needs frames to be durable calls [`Cache::sync`].
+//! digest, when it is read or the cache is opened after the next boot, and is removed and fetched again. Whoever needs
+//! frames to be durable calls [`Cache::sync`].
 
 use std::collections::HashSet;
 use std::io::{self, Write};
@@ -12,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use collective_model::Digest;
 
-use crate::{Encoding, decode};
+use crate::{Encoding, decode, settle};
 
 /// `"CLF1"`, encoding, three zeros, u32 length of the content; then the stored bytes.
 const HEADER: usize = 12;
@@ -49,11 +50,21 @@ pub struct Eviction {
 }
 
 impl Cache {
-    /// Opens or creates the cache in `root`.
+    /// Opens or creates the cache in `root`. The first to do so after a boot compares what was not synced with its names,
+    /// so that what is counted as present is.
     pub fn open(root: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(root.join("frames"))?;
         std::fs::create_dir_all(root.join("packs"))?;
-        Ok(Self { root: root.to_owned() })
+        let cache = Self { root: root.to_owned() };
+        if let Err(error) = settle::after_boot(&cache) {
+            // A full disk must not keep machines from starting; what is damaged is found when it is read.
+            tracing::warn!(%error, "what was not synced in the cache before this boot could not be looked at");
+        }
+        Ok(cache)
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
     }
 
     pub(crate) fn frame_path(&self, digest: &Digest) -> PathBuf {
@@ -127,8 +138,19 @@ impl Cache {
 
     /// Waits until everything in the cache's file system is durable.
     pub fn sync(&self) -> io::Result<()> {
+        let begun = SystemTime::now();
         let folder = std::fs::File::open(&self.root)?;
-        rustix::fs::syncfs(&folder).map_err(io::Error::from)
+        rustix::fs::syncfs(&folder)?;
+        if let Err(error) = settle::note_synced(self, begun) {
+            tracing::warn!(%error, "it could not be noted that the cache was synced; more is looked at after the next boot");
+        }
+        Ok(())
+    }
+
+    /// Frames in their stored form that were written or used at this time or later.
+    pub(crate) fn young(&self, since: SystemTime) -> io::Result<Vec<Digest>> {
+        let files = self.list()?.into_iter().filter(|file| !file.decoded && file.used >= since);
+        Ok(files.filter_map(|file| file.digest).collect())
     }
 
     /// Bytes that the frames take.
@@ -250,6 +272,34 @@ mod tests {
             assert!(cache.get(&digest).unwrap().is_none());
             assert!(!cache.has(&digest), "removed, so that it is fetched again");
         }
+    }
+
+    #[test]
+    fn after_a_boot_what_was_not_synced_is_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path()).unwrap();
+        let synced = put(&cache, b"synced");
+        let old = SystemTime::now() - Duration::from_secs(10);
+        let damage = |digest: &Digest| {
+            let path = cache.frame_path(digest);
+            std::fs::write(&path, b"").unwrap();
+            path
+        };
+        cache.sync().unwrap();
+        // Only its time says that it was synced: it is not read again.
+        std::fs::File::open(damage(&synced)).unwrap().set_modified(old).unwrap();
+        let (young, sound) = (put(&cache, b"young"), put(&cache, b"sound"));
+        damage(&young);
+        std::fs::write(cache.directory_path(&young), b"no directory").unwrap();
+        let has = |cache: &Cache| [synced, young, sound].map(|digest| cache.has(&digest));
+        assert_eq!(has(&Cache::open(folder.path()).unwrap()), [true, true, true], "it is the same boot");
+        std::fs::write(folder.path().join("boot"), b"another").unwrap();
+        assert_eq!(has(&Cache::open(folder.path()).unwrap()), [true, false, true]);
+        assert!(!cache.directory_path(&young).exists());
+        for mark in ["boot", "synced"] {
+            std::fs::remove_file(folder.path().join(mark)).unwrap();
+        }
+        assert_eq!(has(&Cache::open(folder.path()).unwrap()), [false, false, true], "nothing says that it was synced");
     }
 
     #[test]

@@ -129,7 +129,8 @@ impl Depot {
         Ok(Self::over(Arc::new(files.with_fsync(true)), place, None))
     }
 
-    fn over(objects: Arc<dyn ObjectStore>, place: String, part: Option<usize>) -> Self {
+    /// Over any object store; `place` is its name for people. Packs above `part` bytes are sent in parts.
+    pub fn over(objects: Arc<dyn ObjectStore>, place: String, part: Option<usize>) -> Self {
         Self { objects, place, part, claim: None, trouble: Arc::default() }
     }
 

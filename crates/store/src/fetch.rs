@@ -373,10 +373,10 @@ impl FrameStore {
 
     /// Fetches every form of `digests` and of what these differ from, whatever is in the cache, and verifies it all.
     pub async fn check(&self, digests: &[Digest], progress: &(dyn Fn(u64) + Sync)) -> Result<Checked, FetchError> {
-        self.locate_all(digests).await?;
         let (mut plain, mut deltas) = (Vec::new(), Vec::new());
         {
-            let locator = self.locator.lock().await;
+            let mut locator = self.locator.lock().await;
+            self.locate_each(&mut locator, digests).await?;
             let mut seen = HashSet::new();
             for digest in digests.iter().filter(|digest| seen.insert(**digest)) {
                 plain.extend(locator.forms.plain(digest));
@@ -410,11 +410,21 @@ impl FrameStore {
 
     /// Checks that packs hold all of `digests` in a form that stands for itself, in the cache or not.
     pub async fn locate_all(&self, digests: &[Digest]) -> Result<(), FetchError> {
-        let mut locator = self.locator.lock().await;
-        for digest in digests {
-            self.locate(&mut locator, digest).await?;
+        self.locate_each(&mut *self.locator.lock().await, digests).await
+    }
+
+    /// Afterwards the forms of all of `digests` are known, from the same reading of the directories.
+    async fn locate_each(&self, locator: &mut Locator, digests: &[Digest]) -> Result<(), FetchError> {
+        loop {
+            let reading = locator.reread;
+            for digest in digests {
+                self.locate(locator, digest).await?;
+            }
+            // Otherwise those that were found before the directories were forgotten are not known any more.
+            if locator.reread == reading {
+                return Ok(());
+            }
         }
-        Ok(())
     }
 
     /// The cheapest piece for each of `digests` that is not in the cache.
@@ -422,9 +432,7 @@ impl FrameStore {
         let missing: Vec<Digest> = digests.iter().filter(|digest| !self.cache.has(digest)).copied().collect();
         let mut locator = self.locator.lock().await;
         // All directories first: the choice must not depend on which were read before.
-        for digest in &missing {
-            self.locate(&mut locator, digest).await?;
-        }
+        self.locate_each(&mut locator, &missing).await?;
         locator.forms.cheapest(&missing, |base| self.cache.has(base)).map_err(FetchError::Nowhere)
     }
 
@@ -607,7 +615,7 @@ impl FrameStore {
             let packs = packs.map_err(|source| FetchError::Packs { appliance: appliance.clone(), version, source })?;
             for info in packs {
                 if !locator.forms.knows(&info.digest) {
-                    match self.directory(&appliance, &info).await {
+                    match self.directory(&appliance, &info, locator.reread.is_none()).await {
                         Ok(directory) => locator.forms.learn(&appliance, info.digest, directory),
                         Err(error) if came_wrong(&error) && self.distrust(locator) => continue 'lists,
                         Err(error) => return Err(error),
@@ -620,7 +628,8 @@ impl FrameStore {
 
     /// Forgets all directories, also those in the cache; false if that was done a short while ago. No signature covers a
     /// directory, so one that came with a wrong bit is found out by what is not where it says, and would be believed
-    /// for as long as it is in the cache.
+    /// for as long as it is in the cache. From then on this process takes none from there: one that it has not read yet
+    /// may be as wrong, and would have to wait for the next time.
     fn distrust(&self, locator: &mut Locator) -> bool {
         if locator.reread.is_some_and(|at| at.elapsed() < REREAD) {
             return false;
@@ -633,11 +642,17 @@ impl FrameStore {
         true
     }
 
-    /// A pack's directory, from the cache or from the pack's end. The cached form is the directory and the trailer.
-    async fn directory(&self, appliance: &ApplianceName, info: &PackInfo) -> Result<Directory, FetchError> {
+    /// A pack's directory, from the cache if that is trusted, or from the pack's end. The cached form is the directory and
+    /// the trailer.
+    async fn directory(
+        &self,
+        appliance: &ApplianceName,
+        info: &PackInfo,
+        trusts_cache: bool,
+    ) -> Result<Directory, FetchError> {
         let refused = |source| FetchError::Pack { pack: info.digest, source };
         let path = self.cache.directory_path(&info.digest);
-        if let Ok(tail) = std::fs::read(&path) {
+        if let (true, Ok(tail)) = (trusts_cache, std::fs::read(&path)) {
             match parse_tail(&tail, info.size) {
                 Ok(directory) => return Ok(directory),
                 Err(_) => std::fs::remove_file(&path)?,

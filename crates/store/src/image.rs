@@ -6,7 +6,7 @@ use collective_model::Digest;
 
 use crate::BLOCK;
 use crate::fetch::{FetchError, FrameStore};
-use crate::page::{FANOUT, LEAF_BLOCKS, Leaf, Node, Root};
+use crate::page::{FANOUT, LEAF_BLOCKS, Leaf, Node, PageError, Root};
 
 /// Where every block of an image lies. About 20 bytes per frame and 16 per extent in memory.
 #[derive(Clone, Debug)]
@@ -68,8 +68,8 @@ impl ImageMap {
         let leaves = map.fetch_level(store, &level).await?;
         let mut known = HashMap::new();
         for ((index, digest), bytes) in level.iter().zip(leaves) {
-            let leaf = Leaf::decode(&bytes).map_err(|e| FetchError::Page { page: *digest, source: e })?;
-            map.add_leaf(*index, &leaf, &mut known);
+            let added = Leaf::decode(&bytes).and_then(|leaf| map.add_leaf(*index, &leaf, &mut known));
+            added.map_err(|e| FetchError::Page { page: *digest, source: e })?;
         }
         Ok(map)
     }
@@ -79,8 +79,13 @@ impl ImageMap {
         store.read_all(&digests).await
     }
 
-    fn add_leaf(&mut self, index: u64, leaf: &Leaf, known: &mut HashMap<(Digest, u16), u32>) {
+    fn add_leaf(&mut self, index: u64, leaf: &Leaf, known: &mut HashMap<(Digest, u16), u32>) -> Result<(), PageError> {
         let base = index * LEAF_BLOCKS;
+        // Its extents ascend.
+        let end = leaf.extents.last().map(|extent| base + u64::from(extent.first) + u64::from(extent.blocks));
+        if end.is_some_and(|end| end > self.blocks()) {
+            return Err(PageError("it holds blocks beyond the end of the image"));
+        }
         let frame_ids: Vec<u32> = leaf
             .frames
             .iter()
@@ -97,6 +102,7 @@ impl ImageMap {
             offset: extent.offset,
             frame: frame_ids[usize::from(extent.frame)],
         }));
+        Ok(())
     }
 
     /// What begins at `block`; the run ends at the next change, or at the image's end.

@@ -5,10 +5,10 @@ use std::collections::{HashMap, HashSet};
 use collective_model::Digest;
 use rayon::prelude::*;
 
-use crate::BLOCK;
 use crate::blocks::BlockIndex;
 use crate::pack::{self, Base, EntryKind, PART_BYTES, PackError};
 use crate::similar::{Similar, anchors};
+use crate::{BLOCK, FRAME_BLOCKS};
 
 const MAGIC: &[u8; 4] = b"CLH3";
 /// A part's number within its frame or page takes this many bits.
@@ -113,7 +113,7 @@ impl PackHashes {
         }
         let named = |rest: &mut &[u8]| {
             let digest = Digest(take(rest)?);
-            let [parts] = take(rest)?;
+            let [parts] = take(rest).filter(|[parts]| *parts <= 1 << PART_BITS)?;
             let anchors = |rest: &mut &[u8]| {
                 let count = u16::from_le_bytes(take(rest)?);
                 (0..count).map(|_| number(rest)).collect::<Option<Vec<_>>>()
@@ -126,7 +126,7 @@ impl PackHashes {
         }
         for _ in 0..frames {
             let (digest, anchors) = named(rest)?;
-            let blocks = u16::from_le_bytes(take(rest)?);
+            let blocks = Some(u16::from_le_bytes(take(rest)?)).filter(|blocks| usize::from(*blocks) <= FRAME_BLOCKS)?;
             let blocks = (0..blocks).map(|_| take(rest)).collect::<Option<_>>()?;
             found.frames.push(FrameHashes { digest, blocks, anchors });
         }

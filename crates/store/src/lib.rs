@@ -21,6 +21,7 @@ mod locate;
 pub mod pack;
 pub mod page;
 pub mod publish;
+mod settle;
 mod similar;
 mod source;
 pub mod sparse;

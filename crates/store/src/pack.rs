@@ -265,6 +265,13 @@ pub fn parse_directory(tail: &[u8], start: u64) -> Result<Directory, PackError> 
     Ok(directory)
 }
 
+/// Whether these are directory and trailer of some pack, as far as that can be seen without its size.
+pub(crate) fn is_tail(tail: &[u8]) -> bool {
+    let Some(cut) = tail.len().checked_sub(TRAILER as usize) else { return false };
+    let start = u64::from_le_bytes(array(tail, cut));
+    tail.ends_with(END_MAGIC) && parse_directory(tail, start).is_ok()
+}
+
 fn parse_entry(raw: &[u8], start: u64) -> Result<(Entry, u8), &'static str> {
     let kind = match raw[32] {
         0 => EntryKind::Data,

@@ -191,7 +191,9 @@ impl Leaf {
     /// Reads it, and refuses extents that overlap, leave the leaf, or leave their frame.
     pub fn decode(bytes: &[u8]) -> Result<Self, PageError> {
         let mut reader = Reader(bytes);
-        reader.header(b"CLIL")?;
+        if reader.header(b"CLIL")? != 0 {
+            return Err(PageError("it is of another level"));
+        }
         let (frame_count, extent_count) = (reader.u32()? as usize, reader.u32()? as usize);
         if frame_count > LEAF_BLOCKS as usize || extent_count > LEAF_BLOCKS as usize {
             return Err(PageError("too many frames or extents"));

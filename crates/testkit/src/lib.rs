@@ -1,19 +1,26 @@
 //! For tests only: whole fleets in a temporary directory, links that can be slowed and cut, a real S3 server and a proxy
-//! that spoils its answers, and a guest that boots in seconds. Every process a fleet starts is ended by its own pid when the fleet is dropped.
+//! that spoils its answers, an object store whose process dies at any instant, power cuts, and a guest that boots in
+//! seconds. Every process a fleet starts is ended by its own pid when the fleet is dropped.
 
 #![forbid(unsafe_code)]
 
+mod dice;
 mod faults;
 mod fleet;
 mod guest;
 mod link;
+mod objects;
+mod power;
 mod seaweed;
 mod talk;
 
+pub use dice::Dice;
 pub use faults::{Fault, FaultyProxy, Weather};
 pub use fleet::{Fleet, Outcome, free_port};
 pub use guest::{Guest, cloud, tiny};
 pub use link::Link;
+pub use objects::{ObjectFault, Objects};
+pub use power::{Damage, damage_files};
 pub use seaweed::Seaweed;
 pub use talk::Talk;
 

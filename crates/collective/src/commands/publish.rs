@@ -91,9 +91,11 @@ impl Publish {
         // Before anything is compared: what is there now stays until this has ended.
         let lease = Lease::hold(client, &appliance).await?;
         let published = find(client, &appliance).await?;
-        let newest = published.as_ref().and_then(|view| view.versions.first());
-        let (known, bases) = match newest {
-            Some(newest) => known_blocks(ui, client, &appliance, newest.digest).await?,
+        // A publish that is repeated is compared with itself, so that it gives the same manifest, whoever published since.
+        let same = |view: &&VersionView| view.version == version;
+        let base = published.as_ref().and_then(|view| view.versions.iter().find(same).or(view.versions.first()));
+        let (known, bases) = match base {
+            Some(base) => known_blocks(ui, client, &appliance, base.digest).await?,
             None => Default::default(),
         };
         let uploads = Uploads::new(client, &appliance)?;
@@ -235,14 +237,15 @@ fn manifest(recipe: &Recipe, version: &VersionName, disks: Vec<Disk>) -> Manifes
     }
 }
 
-/// What the newest version has, read back and verified, or remembered from when it was; and a way to its frames.
+/// What a version has, as a rule the newest, read back and verified, or remembered from when it was; and a way to its
+/// frames.
 async fn known_blocks(
     ui: &Ui,
     client: &Client,
     appliance: &ApplianceName,
-    newest: Digest,
+    base: Digest,
 ) -> Result<(KnownBlocks, Option<Bases>)> {
-    let detail: VersionDetail = client.get(&format!("/v1/versions/{newest}")).await?;
+    let detail: VersionDetail = client.get(&format!("/v1/versions/{base}")).await?;
     let bases = Bases::of(client, appliance, &detail).await?;
     let mut known = KnownBlocks::new(bases.frames.clone());
     let bar = ui.bytes("comparing", detail.packs.iter().map(|pack| pack.size).sum());

@@ -1,0 +1,46 @@
+//! A disk on its way, and the map of a layer.
+
+use std::os::unix::fs::FileExt;
+
+use collective_store::sparse::{read_into, write_end, write_part};
+use collective_volume::Layer;
+
+use super::{block_on, folder, number};
+
+/// A disk as a stream, after its size.
+pub fn sparse(data: &[u8]) {
+    let rest = &mut { data };
+    let size = number(rest, 3);
+    let file = tempfile::tempfile_in(folder().path()).expect("a file");
+    file.set_len(size).expect("a length");
+    if block_on(read_into(rest, &file, size, &|_| {})).is_err() {
+        return;
+    }
+    assert_eq!(file.metadata().expect("a file").len(), size, "it wrote beyond the disk");
+    let mut disk = vec![0; size as usize];
+    file.read_exact_at(&mut disk, 0).expect("all of it");
+    let mut again = Vec::new();
+    block_on(async {
+        write_part(&mut again, 0, &disk).await.expect("memory");
+        write_end(&mut again, size).await.expect("memory");
+    });
+    assert!(again.len() <= disk.len() + 12 * (disk.len() / 4096 + 2));
+}
+
+/// The map of a layer, after the disk's size and the length of the data file.
+pub fn layer(data: &[u8]) {
+    let rest = &mut { data };
+    let (size, length) = (number(rest, 4), number(rest, 4));
+    let folder = folder();
+    let path = folder.path().join("layer");
+    std::fs::File::create(&path).and_then(|file| file.set_len(length)).expect("a data file");
+    std::fs::write(folder.path().join("layer.map"), rest).expect("a map");
+    for writable in [false, true] {
+        let Ok(layer) = Layer::open(&path, size, writable) else { return };
+        let held = layer.held();
+        assert!(held.is_sorted() && held.last().is_none_or(|last| last * 4096 < size));
+        for block in held.iter().take(3).chain(held.last()) {
+            layer.read(block * 4096, &mut [0; 4096]).expect("what it holds");
+        }
+    }
+}
