@@ -20,11 +20,13 @@ mod locate;
 pub mod pack;
 pub mod page;
 pub mod publish;
+pub mod seal;
 mod similar;
 mod source;
 pub mod sparse;
 pub mod trace;
 
+pub(crate) use frame::decode_within;
 pub use frame::{Encoding, FrameError, decode, decode_delta, encode};
 pub use source::{PackInfo, Source, SourceError};
 
