@@ -102,7 +102,7 @@ async fn packs_go_in_and_come_out_and_damaged_ones_are_replaced() {
         put().await.unwrap();
         assert!(whole(&depot, &digest).await.unwrap() == bytes);
         assert!(matches!(
-            depot.read(&"demo/other".parse().unwrap(), &digest, 0..9).await.unwrap_err(),
+            depot.read(&"demo/other".parse::<ApplianceName>().unwrap(), &digest, 0..9).await.unwrap_err(),
             DepotError::Missing(_)
         ));
     }

@@ -354,7 +354,7 @@ mod tests {
                 version(1, &[], &[]),
             ],
             packs: vec![pack(1, &[1]), pack(2, &[1, 2]), pack(3, &[3, 1]), pack(4, &[]), pack(5, &[5])],
-            missing: Vec::new(),
+            ..StoreView::default()
         };
         let summary = |keep| {
             let prunable = prunable(&view, keep);
