@@ -198,8 +198,8 @@ impl Instance {
         let digits = Zeroizing::new(String::from(key.clone()));
         let text = Zeroizing::new([digits.as_bytes(), b"\n", &order, b"\n"].concat());
         input.write_all(&text).await.map_err(failed)?;
-        // The end of it is the end of the order.
-        drop(input);
+        // The runner ends when this is closed, which our death does too.
+        let _held = input;
         let mut lines = BufReader::new(output).lines();
         while let Some(line) = lines.next_line().await.map_err(failed)? {
             match serde_json::from_str(&line).map_err(|e| format!("its runner cannot be understood: {e}"))? {

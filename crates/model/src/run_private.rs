@@ -2,7 +2,7 @@
 //!
 //! The daemon starts `runner DIR --private` and writes two lines to its standard input: the owner's key in hexadecimal
 //! digits, and a [`PrivateOrder`]. The runner writes [`PrivateNews`] to its standard output, one per line; the last one is
-//! the outcome. The key is in no argument, no environment and no file.
+//! the outcome. When its standard input ends before that, it ends. The key is in no argument, no environment and no file.
 
 use std::path::PathBuf;
 

@@ -93,17 +93,20 @@ pub async fn send_disk(
 }
 
 /// Carries out what the daemon wants with the private data of the machine in `dir`, which must be off: order and key come
-/// from `order`, and what there is to tell goes to `news` ([`collective_model::run_private`]). False if it failed.
+/// from `order`, whose end ends this process, and what there is to tell goes to `news`
+/// ([`collective_model::run_private`]). False if it failed.
 pub async fn private(
     dir: &Path,
     open_source: &OpenSource,
     open_vault: &OpenVault,
-    order: impl std::io::Read,
+    order: impl std::io::Read + Send + 'static,
     news: impl std::io::Write + Send + 'static,
 ) -> bool {
     let teller = private::Teller::new(news);
     let carry_out = async {
-        let wanted = private::Wanted::read(order)?;
+        let mut order = std::io::BufReader::new(order);
+        let wanted = private::Wanted::read(&mut order)?;
+        private::end_with(order);
         let config = read_config(&Layout { dir: dir.to_owned() })?;
         private::carry_out(&config, wanted, open_source, open_vault, &teller).await
     };

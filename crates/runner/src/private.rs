@@ -48,8 +48,8 @@ pub(crate) struct Wanted {
 
 impl Wanted {
     /// Reads the two lines that the daemon writes.
-    pub fn read(from: impl Read) -> Result<Self, String> {
-        let mut from = io::BufReader::new(from.take(MAX_ORDER));
+    pub fn read(from: &mut impl BufRead) -> Result<Self, String> {
+        let mut from = from.take(MAX_ORDER);
         let mut line = Zeroizing::new(String::with_capacity(128));
         let broken = |error: &dyn std::fmt::Display| format!("the daemon's order cannot be read: {error}");
         from.read_line(&mut line).map_err(|e| broken(&e))?;
@@ -62,9 +62,19 @@ impl Wanted {
             let pair = &digits[2 * index..2 * index + 2];
             *byte = u8::from_str_radix(pair, 16).map_err(|_| broken(&"it begins with no key"))?;
         }
-        let order = serde_json::from_reader(from).map_err(|e| broken(&e))?;
+        let mut order = String::new();
+        from.read_line(&mut order).map_err(|e| broken(&e))?;
+        let order = serde_json::from_str(&order).map_err(|e| broken(&e))?;
         Ok(Self { seal: Arc::new(Seal::new(&key)), order })
     }
+}
+
+/// Ends this process when the daemon does, whose order comes again: two must not work on the same instance.
+pub(crate) fn end_with(mut daemon: impl Read + Send + 'static) {
+    std::thread::spawn(move || {
+        let _ = io::copy(&mut daemon, &mut io::sink());
+        std::process::exit(1);
+    });
 }
 
 /// Carries it out, telling how it is going on `out`; what is told last is the outcome.
@@ -148,17 +158,20 @@ async fn recall(vault: &dyn Vault, packs: &[RunPack], hashes: &Path, seal: &Arc<
                 continue;
             }
         };
-        let hashes = match remembered {
-            Some(hashes) => hashes,
+        let held = match remembered {
+            Some(held) => held,
             None if Digest::of(&bytes) != pack.digest => {
                 tracing::warn!(pack = %pack.digest, "a pack of the backup before is damaged; its content is sent again");
                 continue;
             }
             None => {
-                PackHashes::of_sealed(&bytes, seal).map_err(|e| format!("the backup before cannot be read: {e}"))?
+                let read = PackHashes::of_sealed(&bytes, seal);
+                let read = read.map_err(|e| format!("the backup before cannot be read: {e}"))?;
+                remember(hashes, &pack.digest, &read);
+                read
             }
         };
-        known.learn(&pack.digest, &hashes);
+        known.learn(&pack.digest, &held);
     }
     Ok(known)
 }
@@ -259,13 +272,16 @@ impl PackSink for Sink {
             Ok(())
         };
         self.handle.block_on(send).map_err(io::Error::other)?;
-        // Only saves time at the next backup.
-        let kept = std::fs::create_dir_all(&self.hashes)
-            .and_then(|()| std::fs::write(self.hashes.join(pack.digest.to_string()), hashes.encode()));
-        if let Err(error) = kept {
-            tracing::warn!(%error, "what is in a pack cannot be remembered; the next backup reads it back");
-        }
+        remember(&self.hashes, &pack.digest, &hashes);
         Ok(())
+    }
+}
+
+/// Keeps what is in a pack; this only saves time at the next backup.
+fn remember(folder: &Path, pack: &Digest, hashes: &PackHashes) {
+    let write = || std::fs::write(folder.join(pack.to_string()), hashes.encode());
+    if let Err(error) = std::fs::create_dir_all(folder).and_then(|()| write()) {
+        tracing::warn!(%error, "what is in a pack cannot be remembered; the next backup reads it back");
     }
 }
 
@@ -334,4 +350,25 @@ async fn write(store: &FrameStore, disk: &RestoreDisk, map: &ImageMap) -> Result
     }
     layer.flush().map_err(|e| failed(&e))?;
     Ok(written)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_that_are_none_are_refused_and_keys_are_not_shown() {
+        let key = "0f".repeat(32);
+        let order = format!(
+            "{key}\n{{\"do\":\"restore\",\"home\":\"{}\",\"packs\":[],\"scratch\":\"/x\",\"disks\":[]}}\n",
+            "1".repeat(32)
+        );
+        assert!(matches!(Wanted::read(&mut order.as_bytes()).unwrap().order, PrivateOrder::Restore { .. }));
+        let long = "0".repeat(66);
+        for wrong in ["", "\n", "0f0f\n{}", &key, &format!("{key}\n{{}}\n"), &long, &"é".repeat(32), &"zz".repeat(32)]
+        {
+            let Err(why) = Wanted::read(&mut wrong.as_bytes()) else { panic!("{wrong}") };
+            assert!(why.contains("order cannot be read") && !why.contains("0f0f"), "{why}");
+        }
+    }
 }

@@ -280,7 +280,7 @@ mod tests {
     #[test]
     fn another_compression_of_the_same_content_has_another_nonce() {
         let seal = seal(1);
-        let content: Vec<u8> = (0..100_000u32).map(|i| ((i / 7) * (i / 5) >> 9) as u8).collect();
+        let content: Vec<u8> = (0..100_000u32).map(|i| (((i / 7) * (i / 5)) >> 9) as u8).collect();
         let name = seal.name(&content);
         let forms = [LEVEL, SMALL_LEVEL].map(|level| seal.seal(&name, EntryKind::Data, &content, level).unwrap());
         assert_ne!(forms[0][..NONCE_LEN], forms[1][..NONCE_LEN]);
