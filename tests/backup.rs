@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
 use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
@@ -216,9 +217,18 @@ fn a_lost_key_an_old_store_and_another_host_are_refused() {
         assert!(says, "{error}");
     }
     assert_eq!(fleet.info("n")["checkpoints"], before);
+    // The check of the store names it, and repairs it from a copy.
+    let refused = fleet.fails(&["store", "check"]);
+    assert!(refused.contains("damaged or missing"), "{refused}");
+    let found = fleet.run(&["store", "check", "--json"]).stdout;
+    assert!(found.contains("missing") && found.contains("backups"), "{found}");
+    let copy = fleet.file("copy");
+    std::fs::create_dir(&copy).unwrap();
     for (path, bytes) in new.iter().zip(&sound) {
-        std::fs::write(path, bytes).unwrap();
+        std::fs::write(copy.join(path.file_name().unwrap()), bytes).unwrap();
     }
+    fleet.ok(&["store", "check", "--repair", "--from", &copy.to_string_lossy()]);
+    fleet.ok(&["store", "check"]);
     fleet.ok(&["backup", "restore", "n"]);
     start(&fleet, "n", &guest);
     assert_eq!(guest.get("/notes/x"), "a newer note");
@@ -257,4 +267,26 @@ fn a_lost_key_an_old_store_and_another_host_are_refused() {
         let error = fleet.fails(arguments);
         assert!(error.contains(wanted), "{arguments:?}: {error}");
     }
+}
+
+#[test]
+fn a_backup_that_its_host_died_over_is_made_once() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join("b");
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    let guest = launch(&fleet, "n", "b");
+    guest.put("/notes/x", NOTE);
+    fleet.ok(&["stop", "n"]);
+    let mut asked = fleet.spawn(&["backup", "n"]);
+    // Wherever it is: the order is there before it is known to be carried out.
+    let ordered = || fleet.info("n")["operations"].as_array().is_some_and(|open| !open.is_empty()).then_some(());
+    let done = || (!fleet.json(&["backup", "list"]).as_array().unwrap().is_empty()).then_some(());
+    eventually("the backup is ordered", Duration::from_secs(60), || ordered().or_else(done));
+    fleet.kill_host("b");
+    fleet.run_host("b");
+    assert!(asked.wait().unwrap().success(), "whoever asked for it hears of its end");
+    assert_eq!(fleet.json(&["backup", "list"]).as_array().unwrap().len(), 1);
+    fleet.ok(&["backup", "restore", "n"]);
+    start(&fleet, "n", &guest);
+    assert_eq!(guest.get("/notes/x"), NOTE);
 }

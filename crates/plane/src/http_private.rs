@@ -60,7 +60,7 @@ async fn put_pack(
     Path((instance, pack)): Path<(String, String)>,
     body: Bytes,
 ) -> Answer<Json<()>> {
-    Ok(Json(plane.put_private(caller.host()?, &parse(&instance)?, parse(&pack)?, body).await?))
+    Ok(Json(plane.put_private(&caller, &parse(&instance)?, parse(&pack)?, body).await?))
 }
 
 async fn get_pack(

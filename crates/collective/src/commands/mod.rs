@@ -18,6 +18,7 @@ mod reach;
 mod runner;
 mod settings;
 mod store;
+mod store_private;
 mod trace;
 mod up;
 
