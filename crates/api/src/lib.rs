@@ -8,10 +8,12 @@ mod client;
 mod endpoint;
 mod store;
 mod wire;
+mod wire_backup;
 mod wire_store;
 
 pub use client::{Client, ClientError, Tunnel};
 pub use endpoint::{Endpoint, EndpointError, Fingerprint, Token, TokenKind, fingerprint, notice_death};
-pub use store::{PlaneStore, StoreError};
+pub use store::{PlaneStore, PrivateStore, StoreError};
 pub use wire::*;
+pub use wire_backup::*;
 pub use wire_store::*;

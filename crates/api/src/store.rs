@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use collective_model::{ApplianceName, Digest};
-use collective_store::{PackInfo, Source, SourceError};
+use collective_model::{ApplianceName, Digest, InstanceId};
+use collective_store::{PackInfo, Source, SourceError, Vault};
 use futures_util::future::{BoxFuture, FutureExt};
 
 use crate::{Client, ClientError, VersionDetail};
@@ -112,6 +112,46 @@ fn packs_of(detail: Result<VersionDetail, StoreError>) -> Result<Vec<PackInfo>, 
         Ok(detail) => Ok(detail.packs),
         Err(StoreError::Client { source, .. }) => Err(source.into()),
         Err(error) => Err(SourceError::Away(error.to_string())),
+    }
+}
+
+/// The private packs of one instance, through a plane, with its host's rights.
+pub struct PrivateStore {
+    client: Arc<Client>,
+    instance: InstanceId,
+    packs: Vec<PackInfo>,
+}
+
+impl PrivateStore {
+    /// `packs` are those that are read.
+    pub fn new(client: Arc<Client>, instance: InstanceId, packs: Vec<PackInfo>) -> Self {
+        Self { client, instance, packs }
+    }
+
+    fn path(&self, pack: &Digest) -> String {
+        format!("/v1/private/{}/packs/{pack}", self.instance)
+    }
+}
+
+impl Source for PrivateStore {
+    /// Of whatever version: there is one list.
+    fn packs<'a>(&'a self, _: &'a ApplianceName, _: &'a Digest) -> BoxFuture<'a, Result<Vec<PackInfo>, SourceError>> {
+        async move { Ok(self.packs.clone()) }.boxed()
+    }
+
+    fn read<'a>(
+        &'a self,
+        _: &'a ApplianceName,
+        pack: &'a Digest,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        async move { self.client.get_range(&self.path(pack), range).await.map_err(Into::into) }.boxed()
+    }
+}
+
+impl Vault for PrivateStore {
+    fn put<'a>(&'a self, pack: &'a Digest, bytes: Bytes) -> BoxFuture<'a, Result<(), SourceError>> {
+        async move { self.client.put_bytes(&self.path(pack), bytes).await.map_err(Into::into) }.boxed()
     }
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use collective_keys::{PublicKey, Signed};
 use collective_model::{
-    ApplianceName, ByteSize, Digest, InstanceId, Name, Observed, Operation, OperationId, OperationState, PublishedPort,
-    Spec, Timestamp, TunnelId, VersionName,
+    ApplianceName, BackupId, ByteSize, Digest, InstanceId, Name, Observed, Operation, OperationId, OperationState,
+    PublishedPort, Spec, Timestamp, TunnelId, VersionName,
 };
 use collective_store::PackInfo;
 use serde::{Deserialize, Serialize};
@@ -267,6 +267,13 @@ pub enum OperationRequest {
     Logs {
         /// At most this many lines.
         lines: u32,
+    },
+    /// Encrypt the data disks and put them into the store.
+    Backup,
+    /// Put a backup's data in place of the present.
+    Restore {
+        /// Which; none: the newest of this instance.
+        backup: Option<BackupId>,
     },
     /// Remove.
     Delete {

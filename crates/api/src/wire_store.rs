@@ -1,6 +1,6 @@
 //! What is in a plane's store, what needs it, and what was removed.
 
-use collective_model::{ApplianceName, Digest, Name, VersionName};
+use collective_model::{ApplianceName, BackupId, Digest, InstanceId, Name, VersionName};
 use serde::{Deserialize, Serialize};
 
 /// `GET /v1/store`
@@ -12,6 +12,22 @@ pub struct StoreView {
     pub missing: Vec<PackView>,
     /// All versions, newest first for each appliance.
     pub versions: Vec<VersionUse>,
+    /// All packs of private data, those that are missing with a size of 0.
+    #[serde(default)]
+    pub private: Vec<PrivatePack>,
+}
+
+/// A pack of private data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrivatePack {
+    /// Whose.
+    pub instance: InstanceId,
+    /// Its name.
+    pub digest: Digest,
+    /// In bytes.
+    pub size: u64,
+    /// The backups that refer to it.
+    pub backups: Vec<BackupId>,
 }
 
 /// A pack.
@@ -51,6 +67,9 @@ pub struct Collected {
     pub removed: Vec<PackView>,
     /// Packs that no version refers to, kept until publishers at work have ended.
     pub waiting: Vec<PackView>,
+    /// Packs of private data that were removed.
+    #[serde(default)]
+    pub private: Vec<PrivatePack>,
 }
 
 /// A pack of which versions use less than half; `GET /v1/store/repack` lists them.

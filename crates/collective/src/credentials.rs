@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use collective_api::{Client, Endpoint, Fingerprint, PlaneStore};
-use collective_model::Name;
+use collective_api::{Client, Endpoint, Fingerprint, PlaneStore, PrivateStore};
 use collective_model::run::RunConfig;
-use collective_store::Source;
+use collective_model::{InstanceId, Name};
+use collective_store::{PackInfo, Source, Vault};
 use serde::{Deserialize, Serialize};
 
 /// The file's content.
@@ -55,10 +55,19 @@ impl Credentials {
 /// The store as a runner sees it.
 pub fn open_source(config: &RunConfig) -> Result<Arc<dyn Source>, String> {
     let open = || -> Result<Arc<dyn Source>> {
-        let path = &config.credentials;
-        let credentials = Credentials::load(path)?.ok_or_else(|| anyhow!("{} is missing", path.display()))?;
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        Ok(Arc::new(PlaneStore::new(Arc::new(credentials.client()?), &folder.join("versions"))))
+        let folder = config.credentials.parent().unwrap_or(Path::new("/"));
+        Ok(Arc::new(PlaneStore::new(Arc::new(client(config)?), &folder.join("versions"))))
     };
     open().map_err(|error| crate::ui::chain(&error))
+}
+
+/// The private packs of an instance as a runner sees them.
+pub fn open_vault(config: &RunConfig, home: &InstanceId, packs: Vec<PackInfo>) -> Result<Arc<dyn Vault>, String> {
+    let client = client(config).map_err(|error| crate::ui::chain(&error))?;
+    Ok(Arc::new(PrivateStore::new(Arc::new(client), home.clone(), packs)))
+}
+
+fn client(config: &RunConfig) -> Result<Client> {
+    let path = &config.credentials;
+    Credentials::load(path)?.ok_or_else(|| anyhow!("{} is missing", path.display()))?.client()
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use collective_api::{Event, PlaneStore};
+use collective_api::{Client, Event, PlaneStore};
 use collective_keys::{Kind, Pins, PublicKey};
 use collective_model::run::RunImage;
 use collective_model::{Digest, InstanceId, Manifest, Name, Observed, OperationId, OperationState};
@@ -19,6 +19,8 @@ use crate::files::{read_json, write_json};
 pub struct Context {
     pub config: HostConfig,
     pub store: Arc<PlaneStore>,
+    /// The way to the plane, with the host's rights.
+    pub client: Arc<Client>,
     pub cache: Cache,
     pub outbox: Outbox,
     /// Images that instances use, which the cache must keep.
@@ -55,11 +57,13 @@ pub fn trust(data: &Path, publisher: &Name, key: PublicKey) -> std::io::Result<(
 }
 
 impl Context {
-    pub fn new(config: HostConfig, store: Arc<PlaneStore>, cache: Cache) -> std::io::Result<Self> {
+    pub fn new(config: HostConfig, client: Arc<Client>, cache: Cache) -> std::io::Result<Self> {
+        let store = Arc::new(PlaneStore::new(client.clone(), &config.data.join("versions")));
         let pins = read_json(&pins_path(&config.data))?.unwrap_or_default();
         Ok(Self {
             config,
             store,
+            client,
             cache,
             outbox: Outbox::default(),
             used_images: Mutex::default(),

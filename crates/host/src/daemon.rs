@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_api::{Client, ClientError, HostFacts, HostOrders, HostReport, PlaneStore};
+use collective_api::{Client, ClientError, HostFacts, HostOrders, HostReport};
 use collective_model::{InstanceId, OperationId, Spec, TunnelId};
 use collective_store::cache::Cache;
 use collective_store::image::ImageMap;
@@ -64,8 +64,7 @@ pub async fn run(config: HostConfig, client: Arc<Client>) -> Result<(), HostErro
     let lock_file = std::fs::File::create(data.join("lock")).map_err(folder)?;
     lock_file.try_lock().map_err(|_| HostError::InUse(data.clone()))?;
     let cache = Cache::open(&data.join("cache")).map_err(folder)?;
-    let store = Arc::new(PlaneStore::new(client.clone(), &data.join("versions")));
-    let context = Arc::new(Context::new(config, store, cache).map_err(folder)?);
+    let context = Arc::new(Context::new(config, client.clone(), cache).map_err(folder)?);
     let mut daemon = Daemon {
         context: context.clone(),
         client: client.clone(),

@@ -174,6 +174,8 @@ impl Instance {
             OperationKind::Restart => self.restart().await,
             OperationKind::Trace => self.boot_trace(),
             OperationKind::Logs { lines } => self.logs(lines),
+            OperationKind::Backup => self.back_up(&id).await,
+            OperationKind::Restore { backup } => self.restore_backup(&id, &backup).await,
             OperationKind::Delete { data } => self.delete(data).await,
         };
         let state = match result {

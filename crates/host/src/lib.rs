@@ -11,6 +11,7 @@ mod daemon;
 mod files;
 mod instance;
 mod link;
+mod private;
 mod record;
 mod report;
 mod seed;

@@ -46,6 +46,14 @@ pub fn spawn_sender(command: &[OsString], dir: &Path, disk: &Name) -> std::io::R
     runner.arg(format!("--send-disk={disk}")).stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn()
 }
 
+/// Starts a process that does something with the private data of the machine in `dir`: it reads an order from its standard
+/// input, tells how it is going on its standard output, and is killed with its handle.
+pub fn spawn_private(command: &[OsString], dir: &Path) -> std::io::Result<tokio::process::Child> {
+    let (mut runner, _) = runner(command, dir)?;
+    let pipe = std::process::Stdio::piped;
+    runner.arg("--private").stdin(pipe()).stdout(pipe()).kill_on_drop(true).spawn()
+}
+
 /// A runner's command line, and the log that its words go to.
 fn runner(command: &[OsString], dir: &Path) -> std::io::Result<(tokio::process::Command, std::fs::File)> {
     let log = std::fs::File::options().create(true).append(true).open(dir.join("runner.log"))?;

@@ -125,6 +125,22 @@ impl Record {
         }
     }
 
+    /// The number of a layer that somebody else creates.
+    pub fn reserve_layer(&mut self) -> u64 {
+        let layer = self.next_layer;
+        self.next_layer += 1;
+        layer
+    }
+
+    /// Puts restored data in place of the present of a data disk: one layer over zeros.
+    pub fn put_data(&mut self, name: &Name, size: u64, layer: u64) {
+        for disk in self.disks.iter_mut().filter(|disk| disk.name == *name && disk.role == DiskRole::Data) {
+            disk.size = size;
+            disk.image = None;
+            disk.layers = vec![layer];
+        }
+    }
+
     fn new_layer(&mut self) -> u64 {
         let layer = self.next_layer;
         self.next_layer += 1;

@@ -65,6 +65,15 @@ impl Instance {
         link::clear_mount(&self.run_dir.join("v/d")).await;
     }
 
+    /// Writes `run.json` for a process that only reads the disks of this machine, which is off.
+    pub(crate) async fn describe_disks(&mut self) -> Result<(), String> {
+        self.clear_leftovers().await;
+        let manifest = self.manifest(&self.record.version.clone()).await?;
+        let config = self.run_config(&manifest, Timestamp::now(), false);
+        let config = config.map_err(|e| format!("cannot prepare its disks: {e}"))?;
+        write_json(&self.run_dir.join("run.json"), &config).map_err(|e| format!("cannot write run.json: {e}"))
+    }
+
     fn drop_unheld_layers(&self) -> std::io::Result<()> {
         let held = self.record.held_layers();
         for entry in std::fs::read_dir(self.folder.join("layers"))? {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use collective_api::{Client, ClientError, Tunnel, TunnelAnswer, TunnelOrder, TunnelTarget};
 use collective_model::run::Request;
-use collective_model::{Name, State, Timestamp, TunnelId};
+use collective_model::{Name, State, TunnelId};
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
@@ -14,7 +14,6 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{sleep, timeout};
 
 use crate::context::lock;
-use crate::files::write_json;
 use crate::instance::{Command, Instance};
 use crate::link;
 use crate::report::read_end;
@@ -195,11 +194,7 @@ impl Instance {
         if !matches!(self.record.state, State::Stopped | State::Failed) || self.record.disks.is_empty() {
             return Err(format!("a disk is taken from an instance that is off, and it is {}", self.record.state));
         }
-        self.clear_leftovers().await;
-        let manifest = self.manifest(&self.record.version.clone()).await?;
-        let config = self.run_config(&manifest, Timestamp::now(), false);
-        let config = config.map_err(|e| format!("cannot prepare its disks: {e}"))?;
-        write_json(&self.run_dir.join("run.json"), &config).map_err(|e| format!("cannot write run.json: {e}"))?;
+        self.describe_disks().await?;
         let mut sender = link::spawn_sender(&self.context.config.runner, &self.run_dir, disk)
             .map_err(|e| format!("cannot read its disk: {e}"))?;
         let Some(mut content) = sender.stdout.take() else { return Err("cannot read its disk".into()) };

@@ -159,7 +159,7 @@ impl Instance {
         Ok(fetched)
     }
 
-    fn freeze(&mut self, why: String, before_update: bool) -> collective_model::CheckpointId {
+    pub(crate) fn freeze(&mut self, why: String, before_update: bool) -> collective_model::CheckpointId {
         let sizes: std::collections::HashMap<u64, u64> =
             self.record.held_layers().into_iter().map(|layer| (layer, self.layer_bytes(layer))).collect();
         self.record.checkpoint(why, before_update, &|layer| sizes.get(&layer).copied().unwrap_or(0))

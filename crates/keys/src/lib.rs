@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod owner;
 mod signed;
 mod ssh;
 mod trust;
@@ -18,6 +19,7 @@ use std::str::FromStr;
 use ed25519_dalek::{Signer, Verifier};
 use serde::{Deserialize, Serialize};
 
+pub use owner::{KeyId, KeyRing, OwnerKey, OwnerKeyError};
 pub use signed::{ChannelPointer, KeyChange, Kind, MAX_SIGNED_BYTES, SignatureError, Signed};
 pub use ssh::{SshKey, new_ssh_key};
 pub use trust::{Pins, TrustError};

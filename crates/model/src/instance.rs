@@ -75,6 +75,10 @@ random_id!(
     OperationId
 );
 random_id!(
+    /// Names a backup.
+    BackupId
+);
+random_id!(
     /// Names a tunnel, for as long as somebody waits for it.
     TunnelId
 );
@@ -207,6 +211,13 @@ pub enum OperationKind {
         /// At most this many lines.
         lines: u32,
     },
+    /// Encrypt the data disks and put them into the store.
+    Backup,
+    /// Put a backup's data in place of the present.
+    Restore {
+        /// Which, of this instance or another.
+        backup: BackupId,
+    },
     /// Remove the instance from the host.
     Delete {
         /// Whether its data disks go as well.
@@ -224,6 +235,8 @@ impl OperationKind {
             Self::Restart => "restart",
             Self::Trace => "trace",
             Self::Logs { .. } => "logs",
+            Self::Backup => "backup",
+            Self::Restore { .. } => "restore",
             Self::Delete { .. } => "delete",
         }
     }

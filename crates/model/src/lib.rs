@@ -14,14 +14,15 @@ mod manifest;
 mod names;
 mod recipe;
 pub mod run;
+pub mod run_private;
 mod units;
 mod update;
 
 pub use digest::{Digest, ParseDigestError};
 pub use health::{HealthCheck, HealthState, HttpProbe};
 pub use instance::{
-    Checkpoint, CheckpointId, Generation, InstanceId, Observed, ObservedDisk, Operation, OperationId, OperationKind,
-    OperationState, PublishedPort, Spec, TunnelId,
+    BackupId, Checkpoint, CheckpointId, Generation, InstanceId, Observed, ObservedDisk, Operation, OperationId,
+    OperationKind, OperationState, PublishedPort, Spec, TunnelId,
 };
 pub use lifecycle::{State, Trigger};
 pub use manifest::{

@@ -53,6 +53,24 @@ impl FromRequestParts<Plane> for Caller {
     }
 }
 
+/// The plane's owner on its own machine: by the unix socket and without a token. A user's token, which may lie on many
+/// machines, does not give away the owner's key.
+pub struct AtHome;
+
+impl FromRequestParts<Plane> for AtHome {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Plane) -> Result<Self, Failure> {
+        let local = parts.extensions.get::<Way>() == Some(&Way::Local);
+        match local && !parts.headers.contains_key(AUTHORIZATION) {
+            true => Ok(Self),
+            false => Err(Failure::forbidden(
+                "the owner's key is for the plane's owner: run this on the plane's machine, by its local socket",
+            )),
+        }
+    }
+}
+
 impl Caller {
     /// Users only.
     pub fn user(&self) -> Answer<()> {

@@ -113,14 +113,15 @@ impl Plane {
         }
         let missing =
             users.into_iter().map(|((appliance, digest), versions)| PackView { appliance, digest, size: 0, versions });
-        Ok(StoreView { packs, missing: missing.collect(), versions: uses })
+        let private = self.private_view().await?;
+        Ok(StoreView { packs, missing: missing.collect(), versions: uses, private })
     }
 
     /// Removes what may be removed now.
     pub(crate) async fn collect(&self) -> Answer<Collected> {
         // Two at once would remove what one removed, a publisher sent again, and a version refers to.
         let _alone = self.inner.collecting.lock().await;
-        let mut collected = Collected::default();
+        let mut collected = Collected { private: self.collect_private().await?, ..Default::default() };
         for pack in self.store_view().await?.packs.into_iter().filter(|pack| pack.versions.is_empty()) {
             let (appliance, digest) = (&pack.appliance, &pack.digest);
             let waits = match self.database().condemn(appliance, digest).await? {

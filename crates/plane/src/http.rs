@@ -1,11 +1,12 @@
 //! The routes: who may ask what, and in which shape. What happens is decided elsewhere.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, State};
 use axum::http::header::{CONNECTION, CONTENT_RANGE, RANGE, UPGRADE};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
@@ -18,6 +19,7 @@ use collective_api::{
 };
 use collective_keys::Signed;
 use collective_model::{ApplianceName, Digest, Name, OperationId, TunnelId};
+use collective_store::depot::DepotError;
 use collective_store::pack::MAX_PACK_BYTES;
 use hyper::upgrade::OnUpgrade;
 use serde::Deserialize;
@@ -64,11 +66,12 @@ pub(crate) fn router(plane: Plane) -> Router {
         .route("/v1/operations/{id}", get(operation))
         .layer(DefaultBodyLimit::max(MAX_JSON))
         .merge(packs)
+        .merge(crate::http_private::routes())
         .fallback(async || Failure::missing("there is no such path; are the versions of plane and client the same?"))
         .with_state(plane)
 }
 
-fn parse<T: std::str::FromStr>(text: &str) -> Answer<T>
+pub(crate) fn parse<T: std::str::FromStr>(text: &str) -> Answer<T>
 where
     T::Err: std::fmt::Display,
 {
@@ -205,13 +208,23 @@ async fn get_pack(
     let Some(range) = headers.get(RANGE) else {
         return Ok(Json(plane.pack_in_use(&appliance, &pack).await?).into_response());
     };
-    let range = range.to_str().ok().and_then(|text| text.strip_prefix("bytes=")).and_then(|text| text.split_once('-'));
+    let range = range_of(Some(range))?;
+    let bytes = plane.depot().read(&appliance, &pack, range.clone()).await?;
+    let range = [(CONTENT_RANGE, format!("bytes {}-{}/*", range.start, range.end - 1))];
+    Ok((StatusCode::PARTIAL_CONTENT, range, bytes).into_response())
+}
+
+/// The bytes that `bytes=FIRST-LAST` means; at least one.
+pub(crate) fn range_of(header: Option<&HeaderValue>) -> Answer<Range<u64>> {
+    let range = header.and_then(|range| range.to_str().ok()).and_then(|text| text.strip_prefix("bytes="));
+    let range = range.and_then(|text| text.split_once('-'));
     let range = range.and_then(|(first, last)| Some((first.parse::<u64>().ok()?, last.parse::<u64>().ok()?)));
     let (first, last) = range.ok_or_else(|| Failure::invalid("the range must be bytes=FIRST-LAST"))?;
     let end = last.checked_add(1).ok_or_else(|| Failure::invalid("the range is too long"))?;
-    let bytes = plane.depot().read(&appliance, &pack, first..end).await?;
-    let range = [(CONTENT_RANGE, format!("bytes {first}-{last}/*"))];
-    Ok((StatusCode::PARTIAL_CONTENT, range, bytes).into_response())
+    if first >= end {
+        return Err(DepotError::Range(first..end).into());
+    }
+    Ok(first..end)
 }
 
 async fn set_channel(

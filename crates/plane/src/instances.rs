@@ -270,6 +270,10 @@ impl Plane {
             OperationRequest::Restart => OperationKind::Restart,
             OperationRequest::Trace => OperationKind::Trace,
             OperationRequest::Logs { lines } => OperationKind::Logs { lines },
+            OperationRequest::Backup => OperationKind::Backup,
+            OperationRequest::Restore { backup } => {
+                OperationKind::Restore { backup: self.backup_for(&row, backup).await? }
+            }
             OperationRequest::Delete { data } => OperationKind::Delete { data },
         };
         self.insert_operation(&row.spec.id, kind).await

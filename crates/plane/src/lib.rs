@@ -12,8 +12,10 @@ mod collect;
 mod database;
 mod hosts;
 mod http;
+mod http_private;
 mod instances;
 mod place;
+mod private;
 mod problem;
 mod reconcile;
 mod repack;
@@ -24,6 +26,7 @@ mod tunnel;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use collective_keys::KeyRing;
 use collective_model::Timestamp;
 use collective_store::depot::{Access, Depot, DepotError, Place};
 use tokio::sync::watch;
@@ -36,6 +39,8 @@ pub use serve::{Listening, Tls, serve};
 pub struct PlaneConfig {
     /// Database, certificate, and the store where it is local.
     pub data: PathBuf,
+    /// The file of the key that wraps the owner's keys: outside of `data`, so that a copy of `data` does not open them.
+    pub machine_key: PathBuf,
     /// Where packs are kept; where they were kept so far, if this is not said.
     pub store: Option<Place>,
     /// The way into a bucket, where packs are kept in one.
@@ -71,8 +76,8 @@ pub enum PlaneError {
     Store(#[from] DepotError),
     /// Its packs are elsewhere.
     #[error(
-        "the plane's packs are in {had}, and {missing} of those that its versions need are not in {place}: copy all that is \
-         below packs/ from there to here while the plane is down, or start it without --store, as it was"
+        "the plane's packs are in {had}, and {missing} of those that its versions and backups need are not in {place}: copy all that is \
+         below packs/ and private/ from there to here while the plane is down, or start it without --store, as it was"
     )]
     Moved {
         /// Where they are.
@@ -112,6 +117,10 @@ struct Inner {
     collecting: tokio::sync::Mutex<()>,
     /// Read from where somebody looks whether packs are there until a version refers to them.
     looking: tokio::sync::RwLock<()>,
+    /// The owner's keys; one change at a time.
+    keys: tokio::sync::Mutex<KeyRing>,
+    /// Held alone while packs of private data are removed.
+    private: tokio::sync::RwLock<()>,
     /// Grows when something that hosts are told changes.
     orders: watch::Sender<u64>,
     /// Grows when anything that users see changes.
@@ -151,6 +160,8 @@ impl Plane {
             tunnels: tunnel::Tunnels::default(),
             collecting: Default::default(),
             looking: Default::default(),
+            keys: KeyRing::new(&config.data.join("keys"), &config.machine_key).into(),
+            private: Default::default(),
             orders: watch::Sender::new(first),
             state: watch::Sender::new(first),
         };

@@ -1,8 +1,9 @@
 //! Which store a plane has: what it is told, else what it had; never one in which packs of its versions are missing.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 
-use collective_model::{ApplianceName, Digest};
+use collective_model::{ApplianceName, Digest, InstanceId};
 use collective_store::depot::{Depot, DepotError, Place, TroubleKind};
 
 use crate::database::Database;
@@ -19,25 +20,21 @@ pub(crate) async fn open(config: &PlaneConfig, database: &Database) -> Result<De
         None => Place::Local,
     };
     let place = config.store.clone().unwrap_or_else(|| had.clone());
-    let packs = referred(database).await?;
+    let (packs, private) = (referred(database).await?, private(database).await?);
+    let has_packs = !(packs.is_empty() && private.is_empty());
     let moves = place != had;
     let depot = match &place {
         Place::Local => Depot::local(&config.data.join("store"))?,
         Place::S3(bucket) => {
             let id = plane_id(database).await.map_err(unread)?;
-            Depot::s3(bucket, &config.s3)?.owned_by(&id, moves && !packs.is_empty())
+            Depot::s3(bucket, &config.s3)?.owned_by(&id, moves && has_packs)
         }
     };
-    if moves && !packs.is_empty() {
-        let mut missing = packs;
-        for (appliance, digest, size) in depot.list().await? {
-            if missing.get(&(appliance.clone(), digest)) == Some(&size) {
-                missing.remove(&(appliance, digest));
-            }
-        }
-        if !missing.is_empty() {
+    if moves && has_packs {
+        let missing = lacking(packs, depot.list().await?) + lacking(private, depot.list_private().await?);
+        if missing > 0 {
             let (had, place) = (describe(config, &had), describe(config, &place));
-            return Err(PlaneError::Moved { had, place, missing: missing.len() });
+            return Err(PlaneError::Moved { had, place, missing });
         }
     }
     match depot.claimed().await {
@@ -60,6 +57,17 @@ pub(crate) async fn adopt(depot: Depot, config: &PlaneConfig, database: &Databas
     Ok(depot)
 }
 
+/// How many of the packs that are needed are not there as they should be.
+fn lacking<H: Eq + Hash>(mut needed: HashMap<(H, Digest), u64>, there: Vec<(H, Digest, u64)>) -> usize {
+    for (home, digest, size) in there {
+        let pack = (home, digest);
+        if needed.get(&pack) == Some(&size) {
+            needed.remove(&pack);
+        }
+    }
+    needed.len()
+}
+
 fn describe(config: &PlaneConfig, place: &Place) -> String {
     match place {
         Place::Local => config.data.join("store").display().to_string(),
@@ -72,6 +80,13 @@ async fn referred(database: &Database) -> Result<HashMap<(ApplianceName, Digest)
     let versions = database.versions(None).await.map_err(|failure| PlaneError::Record(failure.to_string()))?;
     let packs = versions.iter().flat_map(|row| row.packs.iter().map(|pack| (row.appliance.clone(), pack)));
     Ok(packs.map(|(appliance, pack)| ((appliance, pack.digest), pack.size)).collect())
+}
+
+/// The same for backups.
+async fn private(database: &Database) -> Result<HashMap<(InstanceId, Digest), u64>, PlaneError> {
+    let backups = database.backups(None).await.map_err(|failure| PlaneError::Record(failure.to_string()))?;
+    let packs = backups.iter().flat_map(|backup| backup.packs.iter().map(|pack| (backup.instance.clone(), pack)));
+    Ok(packs.map(|(instance, pack)| ((instance, pack.digest), pack.size)).collect())
 }
 
 /// A name of this plane that no other has.

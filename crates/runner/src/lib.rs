@@ -9,6 +9,7 @@
 mod ahead;
 mod gate;
 mod machine;
+mod private;
 mod probe;
 mod send;
 mod serve;
@@ -18,10 +19,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use collective_model::run::{EndKind, PROTOCOL, RunConfig, RunEnd};
+use collective_model::run_private::PrivateNews;
 use collective_model::{Name, Timestamp};
 use collective_store::Source;
 use tokio::io::AsyncWrite;
 
+pub use private::OpenVault;
 pub use state::NotStarted;
 
 /// Files of a runner's directory.
@@ -87,6 +90,30 @@ pub async fn send_disk(
     out: &mut (impl AsyncWrite + Unpin),
 ) -> Result<(), String> {
     send::send(&read_config(&Layout { dir: dir.to_owned() })?, name, open_source, out).await
+}
+
+/// Carries out what the daemon wants with the private data of the machine in `dir`, which must be off: order and key come
+/// from `order`, whose end ends this process, and what there is to tell goes to `news`
+/// ([`collective_model::run_private`]). False if it failed.
+pub async fn private(
+    dir: &Path,
+    open_source: &OpenSource,
+    open_vault: &OpenVault,
+    order: impl std::io::Read + Send + 'static,
+    news: impl std::io::Write + Send + 'static,
+) -> bool {
+    let teller = private::Teller::new(news);
+    let carry_out = async {
+        let mut order = std::io::BufReader::new(order);
+        let wanted = private::Wanted::read(&mut order)?;
+        private::end_with(order);
+        let config = read_config(&Layout { dir: dir.to_owned() })?;
+        private::carry_out(&config, wanted, open_source, open_vault, &teller).await
+    };
+    let outcome = carry_out.await;
+    let done = outcome.is_ok();
+    teller.tell(&outcome.unwrap_or_else(|why| PrivateNews::Failed { why }));
+    done
 }
 
 fn read_config(layout: &Layout) -> Result<RunConfig, String> {

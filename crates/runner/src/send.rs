@@ -29,7 +29,7 @@ pub(crate) async fn send(
     copy(&disk, out).await.map_err(|e| format!("disk \"{name}\" cannot be sent: {e}"))
 }
 
-async fn open(disk: &RunDisk, store: Arc<FrameStore>) -> io::Result<Disk> {
+pub(crate) async fn open(disk: &RunDisk, store: Arc<FrameStore>) -> io::Result<Disk> {
     let mut image = None;
     if let Some(of) = &disk.image {
         store.add_version(&of.appliance, &of.version).await;

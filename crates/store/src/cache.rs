@@ -8,12 +8,15 @@
 use std::collections::HashSet;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use collective_model::Digest;
 
-use crate::{Encoding, decode, settle};
+use crate::pack::EntryKind;
+use crate::seal::{Form, Opened, Seal};
+use crate::{Encoding, settle};
 
 /// `"CLF1"`, encoding, three zeros, u32 length of the content; then the stored bytes.
 const HEADER: usize = 12;
@@ -28,6 +31,7 @@ const DECODED: &str = "raw";
 #[derive(Clone, Debug)]
 pub struct Cache {
     root: PathBuf,
+    form: Form,
 }
 
 /// A frame taken from the cache.
@@ -55,7 +59,7 @@ impl Cache {
     pub fn open(root: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(root.join("frames"))?;
         std::fs::create_dir_all(root.join("packs"))?;
-        let cache = Self { root: root.to_owned() };
+        let cache = Self { root: root.to_owned(), form: Form::default() };
         if let Err(error) = settle::after_boot(&cache) {
             // A full disk must not keep machines from starting; what is damaged is found when it is read.
             tracing::warn!(%error, "what was not synced in the cache before this boot could not be looked at");
@@ -65,6 +69,24 @@ impl Cache {
 
     pub(crate) fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The same for private data: what is kept stays sealed, and nothing else is believed. Never for a folder that other
+    /// frames are in.
+    pub fn sealed(self, seal: Arc<Seal>) -> Self {
+        Self { form: Form(Some(seal)), ..self }
+    }
+
+    /// Decodes what a pack says it holds, and verifies it.
+    pub(crate) fn decode(
+        &self,
+        digest: &Digest,
+        encoding: Encoding,
+        stored: &[u8],
+        length: usize,
+    ) -> Result<Vec<u8>, crate::FrameError> {
+        let opened = self.form.decode(digest, EntryKind::Data, encoding, stored, length);
+        opened.map(|Opened { content, .. }| content)
     }
 
     pub(crate) fn frame_path(&self, digest: &Digest) -> PathBuf {
@@ -106,7 +128,7 @@ impl Cache {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let Some(content) = parse(digest, &bytes) else {
+        let Some(content) = self.parse(digest, &bytes) else {
             tracing::warn!(frame = %digest, "a cached frame is damaged; it is removed and will be fetched again");
             std::fs::remove_file(&path)?;
             return Ok(None);
@@ -178,6 +200,16 @@ impl Cache {
         Ok(eviction)
     }
 
+    fn parse(&self, digest: &Digest, bytes: &[u8]) -> Option<Vec<u8>> {
+        let (header, stored) = bytes.split_at_checked(HEADER)?;
+        let length = u32::from_le_bytes(header[8..].try_into().ok()?) as usize;
+        let encoding = Encoding::try_from(header[4]).ok()?;
+        if &header[..4] != MAGIC {
+            return None;
+        }
+        self.decode(digest, encoding, stored, length).ok()
+    }
+
     fn list(&self) -> io::Result<Vec<FrameFile>> {
         let mut files = Vec::new();
         for folder in std::fs::read_dir(self.root.join("frames"))? {
@@ -209,16 +241,6 @@ struct FrameFile {
     decoded: bool,
     bytes: u64,
     used: SystemTime,
-}
-
-fn parse(digest: &Digest, bytes: &[u8]) -> Option<Vec<u8>> {
-    let (header, stored) = bytes.split_at_checked(HEADER)?;
-    let length = u32::from_le_bytes(header[8..].try_into().ok()?) as usize;
-    let encoding = Encoding::try_from(header[4]).ok()?;
-    if &header[..4] != MAGIC {
-        return None;
-    }
-    decode(digest, encoding, stored, length).ok()
 }
 
 pub(crate) fn note_use(path: &Path) {

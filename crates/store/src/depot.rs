@@ -1,7 +1,8 @@
 //! The plane's side: packs kept in any object store, durable before they are acknowledged.
 //!
-//! Objects: `packs/<publisher>/<appliance>/<digest>`. Packs lie below their appliance, because reading is granted by
-//! appliance and never by knowing a digest. In a bucket there is `plane.json` beside them, which says whose they are.
+//! Objects: `packs/<publisher>/<appliance>/<digest>`, and `private/<instance>/<digest>` for private data. Packs lie below
+//! their appliance or instance, because reading is granted by these and never by knowing a digest. In a bucket there is
+//! `plane.json` beside them, which says whose they are.
 
 mod claim;
 mod s3;
@@ -13,13 +14,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use collective_model::{ApplianceName, Digest};
+use collective_model::{ApplianceName, Digest, InstanceId};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use object_store::path::Path as Key;
 use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
 use crate::PackInfo;
-use crate::pack::{self, PackError};
+use crate::pack::{self, Directory, PackError};
 
 pub use s3::{Access, Bucket, Patience, Place, PlaceError, VARIABLES};
 pub use trouble::{Trouble, TroubleKind};
@@ -42,6 +43,33 @@ pub struct Depot {
     trouble: Arc<Mutex<Option<Trouble>>>,
 }
 
+/// Whose packs are meant.
+pub trait Home {
+    /// The folder that they are in.
+    fn folder(&self) -> String;
+    /// Checks a whole pack as far as it can be checked without keys.
+    fn verify(bytes: &[u8]) -> Result<Directory, PackError>;
+}
+
+impl Home for ApplianceName {
+    fn folder(&self) -> String {
+        format!("packs/{}/{}", self.publisher, self.name)
+    }
+    fn verify(bytes: &[u8]) -> Result<Directory, PackError> {
+        pack::verify(bytes)
+    }
+}
+
+/// Private data of an instance.
+impl Home for InstanceId {
+    fn folder(&self) -> String {
+        format!("private/{self}")
+    }
+    fn verify(bytes: &[u8]) -> Result<Directory, PackError> {
+        pack::verify_sealed(bytes)
+    }
+}
+
 /// Why the store does not do what it is asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DepotError {
@@ -62,7 +90,7 @@ pub enum DepotError {
         source: PackError,
     },
     /// There is no such pack.
-    #[error("there is no pack {0} of this appliance")]
+    #[error("there is no pack {0} there")]
     Missing(Digest),
     /// The range is not within the pack.
     #[error("bytes {}-{} are not within the pack", .0.start, .0.end)]
@@ -144,25 +172,25 @@ impl Depot {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn key(appliance: &ApplianceName, pack: &Digest) -> Key {
-        Key::from(format!("packs/{}/{}/{pack}", appliance.publisher, appliance.name))
+    fn key(home: &impl Home, pack: &Digest) -> Key {
+        Key::from(format!("{}/{pack}", home.folder()))
     }
 
     /// Takes a pack after checking every frame in it that stands for itself. A pack that is there already stays as it
     /// is, unless it is damaged: then it is replaced.
-    pub async fn put_pack(&self, appliance: &ApplianceName, pack: Digest, bytes: Bytes) -> Result<(), DepotError> {
+    pub async fn put_pack<H: Home>(&self, home: &H, pack: Digest, bytes: Bytes) -> Result<(), DepotError> {
         let checked = bytes.clone();
         let check = tokio::task::spawn_blocking(move || {
             let got = Digest::of(&checked);
             if got != pack {
                 return Err(DepotError::Name { expected: pack, got });
             }
-            pack::verify(&checked).map_err(|source| DepotError::Unsound { pack, source })
+            H::verify(&checked).map_err(|source| DepotError::Unsound { pack, source })
         });
         let broken = |panic| self.note("check a pack for", &object_store::Error::JoinError { source: panic });
         check.await.map_err(broken)??;
         self.claimed().await?;
-        let key = Self::key(appliance, &pack);
+        let key = Self::key(home, &pack);
         for _ in 1..ATTEMPTS {
             match self.create(&key, pack, &bytes).await {
                 Ok(true) => return Ok(()),
@@ -241,27 +269,27 @@ impl Depot {
     }
 
     /// A pack's size in bytes.
-    pub async fn pack_size(&self, appliance: &ApplianceName, pack: &Digest) -> Result<u64, DepotError> {
-        let key = Self::key(appliance, pack);
+    pub async fn pack_size(&self, home: &impl Home, pack: &Digest) -> Result<u64, DepotError> {
+        let key = Self::key(home, pack);
         let meta = self.repeated("look for a pack in", || self.objects.head(&key)).await?;
         Ok(meta.ok_or(DepotError::Missing(*pack))?.size)
     }
 
     /// A pack as lists name it.
-    pub async fn pack_info(&self, appliance: &ApplianceName, digest: &Digest) -> Result<PackInfo, DepotError> {
-        let size = self.pack_size(appliance, digest).await?;
+    pub async fn pack_info(&self, home: &impl Home, digest: &Digest) -> Result<PackInfo, DepotError> {
+        let size = self.pack_size(home, digest).await?;
         let unsound = |source| DepotError::Unsound { pack: *digest, source };
-        let trailer = self.read(appliance, digest, size.saturating_sub(pack::TRAILER)..size).await?;
+        let trailer = self.read(home, digest, size.saturating_sub(pack::TRAILER)..size).await?;
         let directory = pack::directory_range(&trailer, size).map_err(unsound)?;
         Ok(PackInfo { digest: *digest, size, directory: size - directory.start })
     }
 
     /// Some bytes of a pack; exactly as many as asked for.
-    pub async fn read(&self, appliance: &ApplianceName, pack: &Digest, range: Range<u64>) -> Result<Bytes, DepotError> {
+    pub async fn read(&self, home: &impl Home, pack: &Digest, range: Range<u64>) -> Result<Bytes, DepotError> {
         if range.start >= range.end {
             return Err(DepotError::Range(range));
         }
-        let key = Self::key(appliance, pack);
+        let key = Self::key(home, pack);
         match self.bytes(&key, range.clone()).await {
             Ok(bytes) => bytes.ok_or(DepotError::Missing(*pack)),
             // Backends word this in many ways; asking for the size costs a request in this case only.
@@ -289,23 +317,43 @@ impl Depot {
         self.repeated("read a pack from", get).await
     }
 
-    /// All packs, with their sizes in bytes. What is not named like a pack is passed over.
+    /// All packs of appliances, with their sizes in bytes. What is not named like a pack is passed over.
     pub async fn list(&self) -> Result<Vec<(ApplianceName, Digest, u64)>, DepotError> {
-        let folder = Key::from("packs");
+        self.list_below("packs", |parts| {
+            let [_, publisher, name, digest] = parts else { return None };
+            Some((format!("{publisher}/{name}").parse().ok()?, digest.parse().ok()?))
+        })
+        .await
+    }
+
+    /// All packs of private data, in the same way.
+    pub async fn list_private(&self) -> Result<Vec<(InstanceId, Digest, u64)>, DepotError> {
+        self.list_below("private", |parts| {
+            let [_, instance, digest] = parts else { return None };
+            Some((instance.parse().ok()?, digest.parse().ok()?))
+        })
+        .await
+    }
+
+    async fn list_below<T>(
+        &self,
+        folder: &str,
+        named: impl Fn(&[String]) -> Option<(T, Digest)>,
+    ) -> Result<Vec<(T, Digest, u64)>, DepotError> {
+        let folder = Key::from(folder);
         let list = || self.objects.list(Some(&folder)).try_collect::<Vec<ObjectMeta>>();
         let objects = self.repeated("list", list).await?.unwrap_or_default();
         let pack = |meta: ObjectMeta| {
-            let parts: Vec<_> = meta.location.parts().map(|part| part.as_ref().to_owned()).collect();
-            let [_, publisher, name, digest] = parts.as_slice() else { return None };
-            Some((format!("{publisher}/{name}").parse().ok()?, digest.parse().ok()?, meta.size))
+            let parts: Vec<String> = meta.location.parts().map(|part| part.as_ref().to_owned()).collect();
+            named(&parts).map(|(home, digest)| (home, digest, meta.size))
         };
         Ok(objects.into_iter().filter_map(pack).collect())
     }
 
     /// Removes a pack.
-    pub async fn remove_pack(&self, appliance: &ApplianceName, pack: &Digest) -> Result<(), DepotError> {
+    pub async fn remove_pack(&self, home: &impl Home, pack: &Digest) -> Result<(), DepotError> {
         self.claimed().await?;
-        let key = Self::key(appliance, pack);
+        let key = Self::key(home, pack);
         self.repeated("remove a pack from", || self.objects.delete(&key)).await.map(drop)
     }
 

@@ -17,7 +17,7 @@ use crate::decoded::Decoded;
 use crate::locate::{Forms, Group, Piece, group};
 use crate::pack::{self, Directory, EntryKind, PackError, TRAILER};
 use crate::page::PageError;
-use crate::{Encoding, FrameError, PackInfo, Source, SourceError, decode, decode_delta, encode};
+use crate::{Encoding, FrameError, PackInfo, Source, SourceError, decode_delta, encode};
 
 /// Frames kept in memory (8 MiB).
 const RECENT: usize = 16;
@@ -344,7 +344,8 @@ impl FrameStore {
 
     async fn fetch_piece(&self, piece: &Piece, length: Option<u32>) -> Result<Accepted, FetchError> {
         let Piece { appliance, pack, entry, .. } = piece;
-        if let Some(length) = length.filter(|length| *length != entry.length) {
+        // The pack does not say how long sealed content is; its name says what it is.
+        if let Some(length) = length.filter(|length| *length != entry.length && entry.encoding != Encoding::Sealed) {
             let source = FrameError::Length { expected: length as usize, got: entry.length as usize };
             return Err(FetchError::Damaged { frame: entry.digest, pack: *pack, source });
         }
@@ -743,7 +744,7 @@ fn accept(cache: &Cache, piece: &Piece, stored: &[u8], keep: bool) -> Result<Acc
         if keep { cache.put(&entry.digest, encoding, stored, entry.length) } else { Ok(()) }
     };
     if bases.is_empty() {
-        let content = decode(&entry.digest, entry.encoding, stored, entry.length as usize).map_err(damaged)?;
+        let content = cache.decode(&entry.digest, entry.encoding, stored, entry.length as usize).map_err(damaged)?;
         return Ok(Accepted { content, kept: put(entry.encoding, stored) });
     }
     let mut together = Vec::new();

@@ -17,6 +17,8 @@ pub enum Encoding {
     Zstd = 1,
     /// One zstd frame, with the content of other frames before it.
     Delta = 2,
+    /// Compressed, padded and encrypted for an owner ([`Seal`](crate::seal::Seal)).
+    Sealed = 3,
 }
 
 impl TryFrom<u8> for Encoding {
@@ -26,6 +28,7 @@ impl TryFrom<u8> for Encoding {
             0 => Ok(Self::Plain),
             1 => Ok(Self::Zstd),
             2 => Ok(Self::Delta),
+            3 => Ok(Self::Sealed),
             other => Err(FrameError::Encoding(other)),
         }
     }
@@ -40,6 +43,17 @@ pub enum FrameError {
     /// A delta alone.
     #[error("it is stored as a difference to other frames, and these were not given")]
     Bases,
+    /// Private, and no key at hand.
+    #[error("it is encrypted for its owner, and no key was given")]
+    Sealed,
+    /// Not private where all should be.
+    #[error("it is not encrypted, as everything of private data is: the store gave something else")]
+    Readable,
+    /// The key does not fit.
+    #[error(
+        "it cannot be decrypted: it was changed in the store, is something else, or was encrypted with another key"
+    )]
+    Unsealed,
     /// Longer than anything may be.
     #[error("it claims to be {0} bytes long, more than the format allows")]
     TooLong(usize),
@@ -85,6 +99,13 @@ pub(crate) fn encode_at(level: i32, content: &[u8]) -> (Encoding, Vec<u8>) {
 
 /// Decodes and verifies. `length` is the declared length of the content; the output never grows beyond it.
 pub fn decode(digest: &Digest, encoding: Encoding, stored: &[u8], length: usize) -> Result<Vec<u8>, FrameError> {
+    let content = decode_within(encoding, stored, length)?;
+    let found = Digest::of(&content);
+    if found != *digest { Err(FrameError::Digest(found)) } else { Ok(content) }
+}
+
+/// Decodes content of exactly `length` bytes; the output never grows beyond it.
+pub(crate) fn decode_within(encoding: Encoding, stored: &[u8], length: usize) -> Result<Vec<u8>, FrameError> {
     if length > MAX_PAGE_BYTES.max(FRAME_BLOCKS * BLOCK as usize) {
         return Err(FrameError::TooLong(length));
     }
@@ -92,8 +113,12 @@ pub fn decode(digest: &Digest, encoding: Encoding, stored: &[u8], length: usize)
         Encoding::Plain => stored.to_vec(),
         Encoding::Zstd => zstd::bulk::decompress(stored, length).map_err(FrameError::Zstd)?,
         Encoding::Delta => return Err(FrameError::Bases),
+        Encoding::Sealed => return Err(FrameError::Sealed),
     };
-    verified(digest, content, length)
+    match content.len() {
+        got if got == length => Ok(content),
+        got => Err(FrameError::Length { expected: length, got }),
+    }
 }
 
 /// Encodes `content` as a difference to `bases`, the content of other frames back to back.

@@ -1,12 +1,14 @@
 //! What a maker knows of what is published: blocks, pages and resemblances of packs that it made or read back verified.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use collective_model::Digest;
 use rayon::prelude::*;
 
 use crate::blocks::BlockIndex;
 use crate::pack::{self, Base, EntryKind, PART_BYTES, PackError};
+use crate::seal::{Form, Seal};
 use crate::similar::{Similar, anchors};
 use crate::{BLOCK, FRAME_BLOCKS};
 
@@ -51,20 +53,28 @@ pub(crate) struct FrameHashes {
 impl PackHashes {
     /// Verifies every frame of a pack that stands for itself, and takes its blocks' hashes.
     pub fn of(bytes: &[u8]) -> Result<Self, PackError> {
+        Self::in_form(bytes, &Form::default())
+    }
+
+    /// The same of a private pack, for its owner.
+    pub fn of_sealed(bytes: &[u8], seal: &Arc<Seal>) -> Result<Self, PackError> {
+        Self::in_form(bytes, &Form(Some(seal.clone())))
+    }
+
+    fn in_form(bytes: &[u8], form: &Form) -> Result<Self, PackError> {
         let directory = pack::directory(bytes)?;
         let contents: Result<Vec<_>, _> =
-            directory.entries.par_iter().map(|entry| pack::contents(bytes, entry)).collect();
+            directory.entries.par_iter().map(|entry| pack::opened(bytes, entry, form)).collect();
         let mut found =
             Self { deltas: directory.deltas.iter().map(|delta| delta.entry.digest).collect(), ..Self::default() };
-        for (entry, content) in directory.entries.iter().zip(contents?) {
-            match entry.kind {
-                EntryKind::Page => {
-                    found.pages.push(PageHashes { digest: entry.digest, anchors: part_anchors(&content) });
-                }
+        for (entry, opened) in directory.entries.iter().zip(contents?) {
+            let anchors = form.anchors(&opened.content);
+            match opened.kind {
+                EntryKind::Page => found.pages.push(PageHashes { digest: entry.digest, anchors }),
                 EntryKind::Data => found.frames.push(FrameHashes {
                     digest: entry.digest,
-                    blocks: content.chunks_exact(BLOCK as usize).map(|block| *blake3::hash(block).as_bytes()).collect(),
-                    anchors: part_anchors(&content),
+                    blocks: opened.content.chunks_exact(BLOCK as usize).map(|block| form.block(block)).collect(),
+                    anchors,
                 }),
             }
         }

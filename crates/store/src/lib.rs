@@ -21,14 +21,16 @@ mod locate;
 pub mod pack;
 pub mod page;
 pub mod publish;
+pub mod seal;
 mod settle;
 mod similar;
 mod source;
 pub mod sparse;
 pub mod trace;
 
+pub(crate) use frame::decode_within;
 pub use frame::{Encoding, FrameError, decode, decode_delta, encode};
-pub use source::{PackInfo, Source, SourceError};
+pub use source::{PackInfo, Source, SourceError, Vault};
 
 /// The unit of identity, in bytes.
 pub const BLOCK: u64 = 4096;

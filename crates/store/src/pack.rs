@@ -12,12 +12,14 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use collective_model::Digest;
 use rayon::prelude::*;
 
+use crate::seal::{Form, MAX_SEALED_BYTES, MIN_SEALED_BYTES, Opened, Seal};
 use crate::similar::MAX_BASES;
-use crate::{BLOCK, Encoding, FRAME_BLOCKS, FrameError, MAX_PAGE_BYTES, PART_BLOCKS, decode};
+use crate::{BLOCK, Encoding, FRAME_BLOCKS, FrameError, MAX_PAGE_BYTES, PART_BLOCKS};
 
 const MAGIC: &[u8; 8] = b"CLPK\x02\0\0\0";
 const END_MAGIC: &[u8; 4] = b"CLPE";
@@ -47,7 +49,7 @@ pub enum EntryKind {
 /// One frame or page in a pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The BLAKE3 of its content.
+    /// The BLAKE3 of its content, keyed where it is sealed.
     pub digest: Digest,
     /// What it is.
     pub kind: EntryKind,
@@ -55,7 +57,7 @@ pub struct Entry {
     pub encoding: Encoding,
     /// Bytes in the pack.
     pub stored: u32,
-    /// Bytes of its content.
+    /// Bytes of its content; of what is stored, where it is sealed.
     pub length: u32,
     /// Where it begins in the pack.
     pub offset: u64,
@@ -292,6 +294,13 @@ fn parse_entry(raw: &[u8], start: u64) -> Result<(Entry, u8), &'static str> {
         return Err("it lies outside the pack");
     }
     let fits = match kind {
+        _ if encoding == Encoding::Sealed => {
+            // Only the owner is told what it is and how long.
+            let stored = entry.stored as usize;
+            kind == EntryKind::Data
+                && entry.length == entry.stored
+                && (MIN_SEALED_BYTES..=MAX_SEALED_BYTES).contains(&stored)
+        }
         EntryKind::Data => {
             entry.length > 0
                 && u64::from(entry.length) <= FRAME_BLOCKS as u64 * BLOCK
@@ -310,11 +319,29 @@ fn parse_entry(raw: &[u8], start: u64) -> Result<(Entry, u8), &'static str> {
     Ok((entry, bases))
 }
 
-/// Reads a whole pack and checks every frame in it that stands for itself. Deltas are checked by whoever has their
-/// bases, each time they are used.
+/// Reads a whole pack and checks every frame in it that stands for itself; sealed ones are refused. Deltas are checked by
+/// whoever has their bases, each time they are used.
 pub fn verify(bytes: &[u8]) -> Result<Directory, PackError> {
     let directory = directory(bytes)?;
     directory.entries.par_iter().try_for_each(|entry| contents(bytes, entry).map(drop))?;
+    Ok(directory)
+}
+
+/// Reads a whole private pack and checks its form, which is all that can be done without its owner's key: everything in
+/// it has to be sealed, one after the other and without gaps, where something readable could be.
+pub fn verify_sealed(bytes: &[u8]) -> Result<Directory, PackError> {
+    let directory = directory(bytes)?;
+    let mut at = HEADER;
+    for (index, entry) in directory.entries.iter().enumerate() {
+        if entry.encoding != Encoding::Sealed || entry.offset != at {
+            return Err(PackError::Entry { index, why: "it is not sealed, as everything of a private pack is" });
+        }
+        at = entry.range().end;
+    }
+    let range = directory_range(&bytes[bytes.len() - TRAILER as usize..], bytes.len() as u64)?;
+    if !directory.deltas.is_empty() || at != range.start {
+        return Err(PackError::Format("a private pack has something in it that is not sealed"));
+    }
     Ok(directory)
 }
 
@@ -330,9 +357,18 @@ pub fn directory(bytes: &[u8]) -> Result<Directory, PackError> {
 
 /// The verified content of an entry of a whole pack.
 pub fn contents(bytes: &[u8], entry: &Entry) -> Result<Vec<u8>, PackError> {
+    opened(bytes, entry, &Form::default()).map(|opened| opened.content)
+}
+
+/// What a sealed entry of a whole pack holds, for its owner.
+pub fn unsealed(bytes: &[u8], entry: &Entry, seal: &Arc<Seal>) -> Result<Opened, PackError> {
+    opened(bytes, entry, &Form(Some(seal.clone())))
+}
+
+pub(crate) fn opened(bytes: &[u8], entry: &Entry, form: &Form) -> Result<Opened, PackError> {
     let range = entry.range();
     let stored = bytes.get(range.start as usize..range.end as usize).ok_or(PackError::Format("it is cut short"))?;
-    decode(&entry.digest, entry.encoding, stored, entry.length as usize)
+    form.decode(&entry.digest, entry.kind, entry.encoding, stored, entry.length as usize)
         .map_err(|source| PackError::Frame { digest: entry.digest, source })
 }
 

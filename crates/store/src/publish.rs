@@ -9,16 +9,18 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use collective_model::Digest;
 use rayon::prelude::*;
 
-use crate::frame::{LEVEL, SMALL_LEVEL, encode_at, encode_delta};
-use crate::known::{BlockHash, FrameHashes, PageHashes, PartAnchors, part_anchors};
+use crate::frame::{LEVEL, SMALL_LEVEL, encode_delta};
+use crate::known::{BlockHash, FrameHashes, PageHashes, PartAnchors};
 use crate::pack::{Base, EntryKind, Pack, PackBuilder, TARGET_PACK_BYTES};
 use crate::page::{self, FANOUT, LEAF_BLOCKS, Leaf, LeafExtent, Node, Root};
+use crate::seal::{Form, Seal, Stored};
 use crate::trace::Trace;
-use crate::{BLOCK, Encoding, FRAME_BLOCKS, PART_BLOCKS, encode};
+use crate::{BLOCK, FRAME_BLOCKS, PART_BLOCKS};
 
 pub use crate::known::{KnownBlocks, PackHashes};
 
@@ -91,6 +93,7 @@ pub struct Publisher<'a> {
     waiting: Vec<NewFrame>,
     waiting_bytes: usize,
     level: i32,
+    form: Form,
     used_packs: HashSet<Digest>,
     summary: Summary,
 }
@@ -112,7 +115,7 @@ struct NewFrame {
 /// A frame on its way into packs.
 struct Encoded {
     digest: Digest,
-    plain: (Encoding, Vec<u8>),
+    plain: Stored,
     anchors: PartAnchors,
     /// What it resembles, and what it is as a difference to that.
     bases: Vec<Base>,
@@ -157,6 +160,7 @@ impl<'a> Publisher<'a> {
             waiting: Vec::new(),
             waiting_bytes: 0,
             level: LEVEL,
+            form: Form::default(),
             used_packs: HashSet::new(),
             summary: Summary::default(),
         }
@@ -172,6 +176,13 @@ impl<'a> Publisher<'a> {
     /// Compresses harder: fewer bytes for many times the work.
     pub fn small(mut self) -> Self {
         self.level = SMALL_LEVEL;
+        self
+    }
+
+    /// Everything is sealed for an owner, who knows `known` by the same key; there are no differences.
+    pub fn sealing(mut self, seal: Arc<Seal>) -> Self {
+        self.form = Form(Some(seal));
+        self.bases = None;
         self
     }
 
@@ -236,7 +247,7 @@ impl<'a> Publisher<'a> {
         blank(&mut bytes, start, unused);
         let digests: Vec<Option<BlockHash>> = bytes
             .par_chunks_exact(BLOCK as usize)
-            .map(|block| block.iter().any(|byte| *byte != 0).then(|| *blake3::hash(block).as_bytes()))
+            .map(|block| block.iter().any(|byte| *byte != 0).then(|| self.form.block(block)))
             .collect();
         for ((index, content), hash) in (blocks.start..).zip(bytes.chunks_exact(BLOCK as usize)).zip(digests) {
             let Some(hash) = hash else { continue };
@@ -283,8 +294,8 @@ impl<'a> Publisher<'a> {
         let waiting = std::mem::take(&mut self.waiting);
         self.waiting_bytes = 0;
         let known = self.bases.map(|_| &self.known);
-        let mut encoded: Vec<Encoded> =
-            waiting.par_iter().map(|frame| Encoded::of(&frame.content, self.level, known)).collect();
+        let encode = |frame: &NewFrame| Encoded::of(&frame.content, self.level, &self.form, known);
+        let mut encoded = waiting.par_iter().map(encode).collect::<io::Result<Vec<Encoded>>>()?;
         if let Some(bases) = self.bases {
             for (frames, encoded) in waiting.chunks(DELTA_FRAMES).zip(encoded.chunks_mut(DELTA_FRAMES)) {
                 add_deltas(frames, encoded, bases)?;
@@ -297,12 +308,12 @@ impl<'a> Publisher<'a> {
     }
 
     fn pack_frame(&mut self, frame: NewFrame, encoded: Encoded) -> io::Result<()> {
-        let Encoded { digest, plain: (encoding, stored), anchors, bases, delta } = encoded;
+        let Encoded { digest, plain, anchors, bases, delta } = encoded;
         let length = frame.content.len() as u32;
         self.known.frames[frame.index as usize] = (digest, frame.blocks.len() as u16);
         self.summary.frames += 1;
-        self.summary.stored_bytes += stored.len() as u64;
-        self.pack.builder.add(EntryKind::Data, digest, encoding, &stored, length);
+        self.summary.stored_bytes += plain.bytes.len() as u64;
+        self.pack.builder.add(plain.kind, digest, plain.encoding, &plain.bytes, plain.length);
         self.pack.hashes.frames.push(FrameHashes { digest, blocks: frame.blocks, anchors });
         self.close_pack_if(Which::Plain, TARGET_PACK_BYTES)?;
         if let Some(delta) = delta {
@@ -356,13 +367,13 @@ impl<'a> Publisher<'a> {
     }
 
     fn add_page(&mut self, content: Vec<u8>) -> io::Result<Digest> {
-        let digest = Digest::of(&content);
+        let digest = self.form.name(&content);
         if self.known.pages.insert(digest) {
-            let (encoding, stored) = encode(&content);
-            self.summary.index_bytes += stored.len() as u64;
-            self.pack.builder.add(EntryKind::Page, digest, encoding, &stored, content.len() as u32);
-            let anchors = part_anchors(&content);
-            self.add_page_delta(digest, &content, &anchors, stored.len())?;
+            let stored = self.form.encode(&digest, EntryKind::Page, &content, LEVEL)?;
+            self.summary.index_bytes += stored.bytes.len() as u64;
+            self.pack.builder.add(stored.kind, digest, stored.encoding, &stored.bytes, stored.length);
+            let anchors = self.form.anchors(&content);
+            self.add_page_delta(digest, &content, &anchors, stored.bytes.len())?;
             self.pack.hashes.pages.push(PageHashes { digest, anchors });
             self.close_pack_if(Which::Plain, TARGET_PACK_BYTES)?;
         } else {
@@ -412,10 +423,12 @@ enum Which {
 
 impl Encoded {
     /// Compared with `known`, if it is given; then the content is one part long at most.
-    fn of(content: &[u8], level: i32, known: Option<&KnownBlocks>) -> Self {
-        let anchors = part_anchors(content);
+    fn of(content: &[u8], level: i32, form: &Form, known: Option<&KnownBlocks>) -> io::Result<Self> {
+        let anchors = form.anchors(content);
         let bases = known.zip(anchors.first()).map_or_else(Vec::new, |(known, anchors)| known.bases(anchors));
-        Self { digest: Digest::of(content), plain: encode_at(level, content), anchors, bases, delta: None }
+        let digest = form.name(content);
+        let plain = form.encode(&digest, EntryKind::Data, content, level)?;
+        Ok(Self { digest, plain, anchors, bases, delta: None })
     }
 }
 
@@ -431,7 +444,7 @@ fn add_deltas(frames: &[NewFrame], encoded: &mut [Encoded], reader: &dyn BaseRea
         }
         let bases: Vec<&[u8]> = encoded.bases.iter().map(|base| base.of(&contents[&base.frame])).collect();
         let delta = encode_delta(&frame.content, &bases.concat())?;
-        encoded.delta = is_worth(delta.len(), encoded.plain.1.len()).then_some(delta);
+        encoded.delta = is_worth(delta.len(), encoded.plain.bytes.len()).then_some(delta);
         Ok(())
     })
 }

@@ -56,3 +56,9 @@ pub trait Source: Send + Sync {
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<Bytes, SourceError>>;
 }
+
+/// Where the private packs of one instance are: its host puts them there and reads them back.
+pub trait Vault: Source {
+    /// Stores a pack; returning means that it is durable.
+    fn put<'a>(&'a self, pack: &'a Digest, bytes: Bytes) -> BoxFuture<'a, Result<(), SourceError>>;
+}

@@ -498,7 +498,7 @@ fn the_depot_refuses_what_is_not_a_pack_and_serves_ranges() {
         depot.put_pack(&name, digest, bytes.clone()).await.unwrap();
         assert_eq!(depot.read(&name, &digest, 8..90).await.unwrap(), bytes.slice(8..90));
         assert!(depot.read(&name, &digest, 8..u64::MAX).await.is_err());
-        let other = "demo/other".parse().unwrap();
+        let other: ApplianceName = "demo/other".parse().unwrap();
         assert!(depot.read(&other, &digest, 8..90).await.is_err(), "a digest alone grants nothing");
     });
 }

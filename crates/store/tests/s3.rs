@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use collective_model::{ApplianceName, Digest};
+use collective_model::{ApplianceName, Digest, InstanceId};
 use collective_store::depot::{Access, Bucket, Depot, DepotError, Patience, Place, TroubleKind};
-use collective_store::encode;
 use collective_store::pack::{EntryKind, PackBuilder};
+use collective_store::seal::Seal;
+use collective_store::{Encoding, encode};
 use collective_testkit::{Fault, FaultyProxy, Seaweed, Weather};
 use object_store::aws::AmazonS3Builder;
 use object_store::path::Path as Key;
@@ -102,7 +103,7 @@ async fn packs_go_in_and_come_out_and_damaged_ones_are_replaced() {
         put().await.unwrap();
         assert!(whole(&depot, &digest).await.unwrap() == bytes);
         assert!(matches!(
-            depot.read(&"demo/other".parse().unwrap(), &digest, 0..9).await.unwrap_err(),
+            depot.read(&"demo/other".parse::<ApplianceName>().unwrap(), &digest, 0..9).await.unwrap_err(),
             DepotError::Missing(_)
         ));
     }
@@ -117,6 +118,35 @@ async fn packs_go_in_and_come_out_and_damaged_ones_are_replaced() {
         assert!(matches!(whole(&depot, &digest).await.unwrap_err(), DepotError::Missing(_)));
     }
     assert!(depot.list().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn private_packs_lie_apart_and_nothing_readable_gets_there() {
+    let server = Seaweed::start();
+    let depot = depot(server.port(), "private-data");
+    let owner = InstanceId::from_random([7; 16]);
+    let seal = Seal::new(&[1; 32]);
+    let mut builder = PackBuilder::default();
+    for frame in [[1; 4096], [2; 4096]] {
+        let name = seal.name(&frame);
+        let sealed = seal.seal(&name, EntryKind::Data, &frame, 3).unwrap();
+        builder.add(EntryKind::Data, name, Encoding::Sealed, &sealed, sealed.len() as u32);
+    }
+    let sealed = builder.finish();
+    let (digest, bytes) = (sealed.digest, Bytes::from(sealed.bytes));
+    depot.put_pack(&owner, digest, bytes.clone()).await.unwrap();
+    assert_eq!(depot.read(&owner, &digest, 8..100).await.unwrap(), bytes.slice(8..100));
+    assert_eq!(depot.pack_info(&owner, &digest).await.unwrap().size, bytes.len() as u64);
+    assert_eq!(depot.list_private().await.unwrap(), [(owner.clone(), digest, bytes.len() as u64)]);
+    assert!(depot.list().await.unwrap().is_empty());
+    let other = InstanceId::from_random([8; 16]);
+    assert!(matches!(depot.read(&other, &digest, 0..9).await.unwrap_err(), DepotError::Missing(_)));
+    // Each kind of pack is refused in the other's place.
+    let (open, open_bytes) = pack(2, 3);
+    assert!(matches!(depot.put_pack(&owner, open, open_bytes).await.unwrap_err(), DepotError::Unsound { .. }));
+    assert!(matches!(depot.put_pack(&appliance(), digest, bytes).await.unwrap_err(), DepotError::Unsound { .. }));
+    depot.remove_pack(&owner, &digest).await.unwrap();
+    assert!(depot.list_private().await.unwrap().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -17,6 +17,9 @@ use crate::recorder::Recorder;
 /// A chain has at most this many layers.
 pub const MAX_LAYERS: usize = 255;
 
+/// No run that is looked for is longer, in bytes.
+const MAX_RUN: usize = 64 << 20;
+
 /// Why a disk cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
@@ -134,6 +137,20 @@ impl Disk {
             (layer, _) => (Piece::Layer(usize::from(layer) - 1), alike),
         };
         (piece, ((run * BLOCK - within) as usize).min(length))
+    }
+
+    /// The first range at or after `offset` that may hold something else than zeros.
+    pub fn next_data(&self, offset: u64) -> Option<Range<u64>> {
+        let mut at = offset;
+        while at < self.size {
+            let (piece, count) = self.piece_at(at, self.clamp(at, MAX_RUN));
+            let end = at + count as u64;
+            if !matches!(piece, Piece::Zeros) {
+                return Some(at..end);
+            }
+            at = end;
+        }
+        None
     }
 
     fn clamp(&self, offset: u64, length: usize) -> usize {

@@ -1,5 +1,6 @@
 //! The command line, as DESIGN's contract says. Doc comments here are the help texts.
 
+mod backup;
 mod build;
 mod catalogue;
 mod doctor;
@@ -7,6 +8,7 @@ mod export;
 mod hosts;
 mod import;
 mod info;
+mod key;
 mod launch;
 mod lifecycle;
 mod mount;
@@ -16,6 +18,7 @@ mod reach;
 mod runner;
 mod settings;
 mod store;
+mod store_private;
 mod trace;
 mod up;
 
@@ -90,6 +93,8 @@ pub enum Command {
     Plan(operations::Plan),
     Update(operations::Update),
     Rollback(operations::Rollback),
+    Backup(backup::Backup),
+    Key(key::Key),
     Host(hosts::Host),
     Token(hosts::TokenCommand),
     Completion(Completion),
@@ -163,6 +168,8 @@ impl Command {
             Self::Plan(command) => command.run(ui, client).await?,
             Self::Update(command) => return command.run(ui, client).await,
             Self::Rollback(command) => command.run(ui, client).await?,
+            Self::Backup(command) => command.run(ui, client).await?,
+            Self::Key(command) => command.run(ui, client).await?,
             Self::Token(command) => command.run(ui, client).await?,
             Self::Up(_) | Self::Down(_) | Self::Build(_) | Self::Runner(_) | Self::Doctor(_) => {}
             Self::Import(_) | Self::Completion(_) | Self::Version(_) | Self::Host(_) => {}

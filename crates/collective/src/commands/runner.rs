@@ -7,7 +7,7 @@ use anyhow::{Error, Result};
 use collective_model::Name;
 use collective_model::run::EndKind;
 
-use crate::credentials::open_source;
+use crate::credentials::{open_source, open_vault};
 
 /// Keep one instance alive
 #[derive(Debug, clap::Args)]
@@ -16,6 +16,9 @@ pub struct Runner {
     /// Write this disk of the machine, which must be off, to standard output, and end
     #[arg(long, value_name = "NAME")]
     send_disk: Option<Name>,
+    /// Do what standard input says with the private data of the machine, which must be off, and end
+    #[arg(long, conflicts_with = "send_disk")]
+    private: bool,
 }
 
 impl Runner {
@@ -24,6 +27,11 @@ impl Runner {
             let mut out = tokio::io::stdout();
             collective_runner::send_disk(&self.directory, disk, &open_source, &mut out).await.map_err(Error::msg)?;
             return Ok(ExitCode::SUCCESS);
+        }
+        if self.private {
+            let (order, news) = (std::io::stdin(), std::io::stdout());
+            let done = collective_runner::private(&self.directory, &open_source, &open_vault, order, news).await;
+            return Ok(if done { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         let end = collective_runner::run(&self.directory, &open_source).await;
         let fine = !matches!(end.kind, EndKind::NotStarted | EndKind::Crashed);

@@ -6,17 +6,20 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use clap::Subcommand;
-use collective_api::{Client, Collected, PackView, PackWaste, Repacked, StoreView, VersionUse};
+use collective_api::{Client, Collected, PackView, PackWaste, PrivatePack, Repacked, StoreView, VersionUse};
 use collective_model::{ApplianceName, ByteSize, Digest, Reference};
 use collective_store::pack;
 use futures_util::StreamExt;
 use indicatif::ProgressBar;
 
 use super::catalogue::resolve;
+use super::store_private;
 use crate::ui::{Ui, table};
 
 /// Bytes of a pack read at once while checking.
 const STEP: u64 = 8 << 20;
+/// What is wrong with most.
+const OTHER_BYTES: &str = "its bytes are not what its name says";
 /// Packs looked at at once.
 const PACKS: usize = 4;
 
@@ -102,21 +105,25 @@ impl Prune {
         }
         let wasted: Vec<PackWaste> = client.get("/v1/store/repack").await?;
         let repackable: u64 = wasted.iter().map(|pack| pack.size - pack.used_bytes.min(pack.size)).sum();
-        let (bytes, all) = (bytes_of(&prunable.packs), bytes_of(&view.packs));
+        let private = |pack: &&PrivatePack| pack.backups.is_empty();
+        let private: Vec<&PrivatePack> = view.private.iter().filter(private).collect();
+        let bytes = bytes_of(&prunable.packs) + private.iter().map(|pack| pack.size).sum::<u64>();
+        let all = bytes_of(&view.packs) + view.private.iter().map(|pack| pack.size).sum::<u64>();
+        let count = prunable.packs.len() + private.len();
         let value = serde_json::json!({
-            "withdraw": prunable.versions, "packs": prunable.packs, "bytes": bytes, "repack": wasted,
+            "withdraw": prunable.versions, "packs": prunable.packs, "private": private, "bytes": bytes, "repack": wasted,
             "repack_bytes": repackable, "store_bytes": all,
         });
         ui.data(&value, |ui| {
             for version in &prunable.versions {
                 ui.line(format!("would withdraw {}:{}", version.appliance, version.version));
             }
-            ui.line(format!("would remove {} packs, {} of {}", prunable.packs.len(), ByteSize(bytes), ByteSize(all)));
+            ui.line(format!("would remove {count} packs, {} of {}", ByteSize(bytes), ByteSize(all)));
             if !wasted.is_empty() {
                 ui.line(format!("would write {} packs again, without {}", wasted.len(), ByteSize(repackable)));
             }
         });
-        if !wasted.is_empty() || !prunable.packs.is_empty() || !prunable.versions.is_empty() {
+        if !wasted.is_empty() || count > 0 || !prunable.versions.is_empty() {
             ui.hint("nothing was changed; --yes removes it");
         } else if self.keep.is_none() {
             ui.hint("--keep N also withdraws versions older than the newest N of each appliance");
@@ -136,16 +143,17 @@ async fn remove(ui: &Ui, client: &Client, prunable: &Prunable) -> Result<()> {
     }
     let repacked: Repacked = client.post("/v1/store/repack", &()).await?;
     let collected: Collected = client.post("/v1/store/collect", &()).await?;
-    let (removed, waiting) = (bytes_of(&collected.removed), bytes_of(&collected.waiting));
+    let private: u64 = collected.private.iter().map(|pack| pack.size).sum();
+    let (removed, waiting) = (bytes_of(&collected.removed) + private, bytes_of(&collected.waiting));
+    let packs = collected.removed.len() + collected.private.len();
     let value = serde_json::json!({
-        "withdrawn": prunable.versions.len() - kept.len(), "packs": collected.removed.len(), "bytes": removed,
+        "withdrawn": prunable.versions.len() - kept.len(), "packs": packs, "bytes": removed,
         "waiting_bytes": waiting, "repacked": repacked.packs.len(), "bytes_written": repacked.bytes_written,
     });
     ui.data(&value, |ui| {
         ui.line(format!(
-            "withdrew {} versions, removed {} packs, {}",
+            "withdrew {} versions, removed {packs} packs, {}",
             prunable.versions.len() - kept.len(),
-            collected.removed.len(),
             ByteSize(removed)
         ));
         if !repacked.packs.is_empty() {
@@ -207,7 +215,7 @@ impl Store {
 impl Check {
     async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
         let view: StoreView = client.get("/v1/store").await?;
-        let total = bytes_of(&view.packs);
+        let total = bytes_of(&view.packs) + view.private.iter().map(|pack| pack.size).sum::<u64>();
         let bar = ui.bytes("checking", total);
         let look = |pack: &PackView| tokio::spawn(look(client.another(), pack.clone(), bar.clone()));
         let mut looks = futures_util::stream::iter(view.packs.iter().map(look)).buffered(PACKS);
@@ -216,6 +224,7 @@ impl Check {
         while let (Some(what), Some(pack)) = (looks.next().await, packs.next()) {
             bad.extend(what??.map(|what| Bad { pack: pack.clone(), what, repaired: false }));
         }
+        let private = store_private::check(client, &view, self.from.as_deref(), &bar).await?;
         bar.finish_and_clear();
         let missing = |pack: &PackView| Bad { pack: pack.clone(), what: "missing".into(), repaired: false };
         bad.extend(view.missing.iter().map(missing));
@@ -227,8 +236,9 @@ impl Check {
                 bad.repaired = self.mend(client, &bad.pack, &sound).await?;
             }
         }
-        report(ui, &view, &bad, total);
+        report(ui, &view, &bad, &private, total);
         let left = bad.iter().filter(|bad| !bad.repaired).count();
+        let left = left + private.iter().filter(|bad| !bad.repaired).count();
         if left > 0 {
             bail!("{left} packs are damaged or missing; --repair replaces those of which there is a sound copy");
         }
@@ -271,11 +281,17 @@ fn find(folder: &Path, pack: &PackView) -> Result<Option<Bytes>> {
     Ok(None)
 }
 
-/// What is wrong with a pack. Its name is the hash of all its bytes, so that one comparison covers everything in it.
-async fn look(client: Client, pack: PackView, bar: ProgressBar) -> Result<Option<String>> {
+/// What is wrong with an object that is named by the hash of its bytes.
+pub(super) async fn differs(
+    client: &Client,
+    path: &str,
+    digest: &Digest,
+    size: u64,
+    bar: &ProgressBar,
+) -> Result<Option<String>> {
     let mut hasher = blake3::Hasher::new();
-    for start in (0..pack.size).step_by(STEP as usize) {
-        let bytes = match client.get_range(&path(&pack), start..(start + STEP).min(pack.size)).await {
+    for start in (0..size).step_by(STEP as usize) {
+        let bytes = match client.get_range(path, start..(start + STEP).min(size)).await {
             Err(error) if error.is_away() => return Err(error.into()),
             Err(error) => return Ok(Some(format!("it cannot be read: {error}"))),
             Ok(bytes) => bytes,
@@ -283,8 +299,14 @@ async fn look(client: Client, pack: PackView, bar: ProgressBar) -> Result<Option
         hasher.update(&bytes);
         bar.inc(bytes.len() as u64);
     }
-    if Digest(*hasher.finalize().as_bytes()) == pack.digest {
-        return Ok(None);
+    Ok((Digest(*hasher.finalize().as_bytes()) != *digest).then(|| OTHER_BYTES.to_owned()))
+}
+
+/// What is wrong with a pack. Its name is the hash of all its bytes, so that one comparison covers everything in it.
+async fn look(client: Client, pack: PackView, bar: ProgressBar) -> Result<Option<String>> {
+    match differs(&client, &path(&pack), &pack.digest, pack.size, &bar).await? {
+        Some(what) if what == OTHER_BYTES => {}
+        done => return Ok(done),
     }
     let bytes = client.get_range(&path(&pack), 0..pack.size).await?;
     let Ok(directory) = pack::directory(&bytes) else { return Ok(Some("its directory is damaged".into())) };
@@ -295,7 +317,7 @@ async fn look(client: Client, pack: PackView, bar: ProgressBar) -> Result<Option
     }))
 }
 
-fn report(ui: &Ui, view: &StoreView, bad: &[Bad], bytes: u64) {
+fn report(ui: &Ui, view: &StoreView, bad: &[Bad], private: &[store_private::Bad], bytes: u64) {
     let hit = |pack: &PackView| -> Vec<&VersionUse> {
         view.versions.iter().filter(|version| pack.versions.contains(&version.digest)).collect()
     };
@@ -313,10 +335,14 @@ fn report(ui: &Ui, view: &StoreView, bad: &[Bad], bytes: u64) {
                 "versions": names(&bad.pack), "instances": instances(&bad.pack),
             })
         })
+        .chain(private.iter().map(store_private::document))
         .collect();
-    let value = serde_json::json!({ "packs": view.packs.len(), "bytes": bytes, "damaged": found });
+    let packs = view.packs.len() + view.private.iter().filter(|pack| pack.size > 0).count();
+    let value = serde_json::json!({ "packs": packs, "bytes": bytes, "damaged": found });
     ui.data(&value, |ui| {
-        ui.line(format!("{} packs, {}: {} damaged or missing", view.packs.len(), ByteSize(bytes), bad.len()));
+        let count = bad.len() + private.len();
+        ui.line(format!("{packs} packs, {}: {count} damaged or missing", ByteSize(bytes)));
+        store_private::show(ui, private);
         if bad.is_empty() {
             return;
         }
@@ -366,7 +392,7 @@ mod tests {
                 version(1, &[], &[]),
             ],
             packs: vec![pack(1, &[1]), pack(2, &[1, 2]), pack(3, &[3, 1]), pack(4, &[]), pack(5, &[5])],
-            missing: Vec::new(),
+            ..StoreView::default()
         };
         let summary = |keep| {
             let prunable = prunable(&view, keep);

@@ -95,6 +95,7 @@ impl Up {
         let listen = self.advertise.clone().or(bound);
         let config = PlaneConfig {
             data: data.join("plane"),
+            machine_key: data.join("machine.key"),
             store: self.store.clone(),
             s3: Access::from_environment(),
             address: listen.clone(),

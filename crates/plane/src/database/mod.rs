@@ -1,5 +1,6 @@
 //! All SQL. Records that only travel are kept as the JSON they travel in; what is searched or guarded is a column.
 
+mod backups;
 mod keeping;
 
 use std::path::Path;

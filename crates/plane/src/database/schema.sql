@@ -106,3 +106,13 @@ CREATE TABLE IF NOT EXISTS facts (
     name  TEXT PRIMARY KEY,
     value TEXT NOT NULL
 ) STRICT;
+
+-- Backups of private data. What is in them is encrypted; the names of their root pages are here only, so that a store cannot
+-- give an old state in place of a new one. They outlive their instances.
+CREATE TABLE IF NOT EXISTS backups (
+    id       TEXT PRIMARY KEY,
+    instance TEXT NOT NULL,
+    taken    INTEGER NOT NULL,
+    backup   TEXT NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS backups_of ON backups(instance, taken);

@@ -34,8 +34,9 @@ impl Site {
         store: Option<Place>,
         s3: Access,
     ) -> Result<Self, (PlaneError, tempfile::TempDir)> {
-        let data = folder.path().join("plane");
-        let opened = Plane::open(&PlaneConfig { data, store, s3, address: Some("127.0.0.1:1".into()) }).await;
+        let (data, machine_key) = (folder.path().join("plane"), folder.path().join("machine.key"));
+        let opened =
+            Plane::open(&PlaneConfig { data, machine_key, store, s3, address: Some("127.0.0.1:1".into()) }).await;
         let (plane, tls) = match opened {
             Ok(opened) => opened,
             Err(error) => return Err((error, folder)),

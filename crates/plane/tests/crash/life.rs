@@ -31,8 +31,13 @@ pub fn process<T>(work: impl Future<Output = T>) -> T {
 
 /// Opens the plane in `data` and serves it.
 pub async fn open(data: &Path, objects: &Objects, part: Option<usize>, world: &Shared) -> Result<Maker, PlaneError> {
-    let config =
-        PlaneConfig { data: data.to_owned(), store: None, s3: Access::default(), address: Some("127.0.0.1:1".into()) };
+    let config = PlaneConfig {
+        data: data.to_owned(),
+        machine_key: data.join("machine.key"),
+        store: None,
+        s3: Access::default(),
+        address: Some("127.0.0.1:1".into()),
+    };
     let depot = Depot::over(Arc::new(objects.clone()), "in memory".into(), part);
     let (plane, tls) = Plane::open_over(&config, depot).await?;
     let socket = data.join("socket");

@@ -46,7 +46,8 @@ impl Depot {
         if let Some(owner) = self.owner().await? {
             return self.compare(&owner, claim);
         }
-        if !claim.takes_over && !self.list().await?.is_empty() {
+        let is_empty = self.list().await?.is_empty() && self.list_private().await?.is_empty();
+        if !claim.takes_over && !is_empty {
             return Err(DepotError::Unclaimed { place: self.place.clone(), owner: OWNER });
         }
         if self.create_owner(claim).await? && self.create_owner(claim).await? {

@@ -1,0 +1,110 @@
+//! What a host daemon and a runner of the same program say to each other about private data.
+//!
+//! The daemon starts `runner DIR --private` and writes two lines to its standard input: the owner's key in hexadecimal
+//! digits, and a [`PrivateOrder`]. The runner writes [`PrivateNews`] to its standard output, one per line; the last one is
+//! the outcome. When its standard input ends before that, it ends. The key is in no argument, no environment and no file.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Digest, InstanceId, Name};
+
+/// What to do with the disks of a machine that is off.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum PrivateOrder {
+    /// Encrypt disks and send what is new.
+    Backup {
+        /// Whose packs they become.
+        home: InstanceId,
+        /// Packs of the backup before.
+        known: Vec<RunPack>,
+        /// Where hashes of blocks of packs are remembered.
+        hashes: PathBuf,
+        /// Which disks of `run.json`.
+        disks: Vec<Name>,
+    },
+    /// Fetch disks into layers.
+    Restore {
+        /// Whose packs they are.
+        home: InstanceId,
+        /// The backup's packs.
+        packs: Vec<RunPack>,
+        /// A folder for what is fetched, still encrypted; the daemon removes it.
+        scratch: PathBuf,
+        /// Where each disk goes.
+        disks: Vec<RestoreDisk>,
+    },
+}
+
+/// A pack, as lists name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunPack {
+    /// Its name.
+    pub digest: Digest,
+    /// In bytes.
+    pub size: u64,
+    /// Bytes of its directory and trailer.
+    pub directory: u64,
+}
+
+/// A disk to restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreDisk {
+    /// Its name.
+    pub name: Name,
+    /// The keyed name of its root page.
+    pub root: Digest,
+    /// Its size in the backup, in bytes.
+    pub size: u64,
+    /// The size of the disk that it becomes, in bytes; not less.
+    pub becomes: u64,
+    /// The layer to create.
+    pub layer: PathBuf,
+}
+
+/// How it is going, and what came out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrivateNews {
+    /// So many bytes of so many.
+    Progress {
+        /// Done.
+        done: u64,
+        /// Of.
+        total: u64,
+    },
+    /// A backup is in the store; nobody refers to it yet.
+    Stored {
+        /// Its disks.
+        disks: Vec<StoredDisk>,
+        /// The packs that hold them.
+        packs: Vec<Digest>,
+        /// Bytes of the disks that are not zeros.
+        used_bytes: u64,
+    },
+    /// The layers are there, durable.
+    Restored {
+        /// Bytes of blocks that are not zeros.
+        bytes: u64,
+        /// Stored bytes that were fetched.
+        fetched: u64,
+    },
+    /// It did not work.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+/// A disk that was stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredDisk {
+    /// Its name.
+    pub name: Name,
+    /// In bytes.
+    pub size: u64,
+    /// The keyed name of its root page.
+    pub root: Digest,
+}

@@ -1,0 +1,374 @@
+//! Private data of a machine that is off: its disks, encrypted, into the store and back.
+//!
+//! Only this process knows how images and layers become a disk, so it is here that the disks are read, cut and sealed.
+//! Nothing readable leaves it, and what comes back is believed only as far as the owner's key proves it.
+
+use std::collections::HashSet;
+use std::io::{self, BufRead, Read, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use collective_disk::ReadAt;
+use collective_model::run::RunConfig;
+use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RunPack, StoredDisk};
+use collective_model::{Digest, InstanceId, Name};
+use collective_store::cache::Cache;
+use collective_store::fetch::FrameStore;
+use collective_store::image::{ImageMap, Run};
+use collective_store::pack::{Pack, TRAILER};
+use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::seal::Seal;
+use collective_store::trace::Trace;
+use collective_store::{BLOCK, PackInfo, SourceError, Vault};
+use collective_volume::{Disk, Layer};
+use tokio::runtime::Handle;
+use zeroize::Zeroizing;
+
+use crate::OpenSource;
+use crate::send::open;
+
+/// An order is at most this long, in bytes.
+const MAX_ORDER: u64 = 16 << 20;
+/// A store that is away is tried again this often, after a second and then after twice the pause each time.
+const ATTEMPTS: u32 = 6;
+/// The daemon is told after so many bytes.
+const TELL_EVERY: u64 = 4 << 20;
+
+/// Opens the private packs of an instance.
+pub type OpenVault = dyn Fn(&RunConfig, &InstanceId, Vec<PackInfo>) -> Result<Arc<dyn Vault>, String> + Send + Sync;
+
+/// What the daemon wants, and the key for it.
+pub(crate) struct Wanted {
+    seal: Arc<Seal>,
+    order: PrivateOrder,
+}
+
+impl Wanted {
+    /// Reads the two lines that the daemon writes.
+    pub fn read(from: &mut impl BufRead) -> Result<Self, String> {
+        let mut from = from.take(MAX_ORDER);
+        let mut line = Zeroizing::new(String::with_capacity(128));
+        let broken = |error: &dyn std::fmt::Display| format!("the daemon's order cannot be read: {error}");
+        from.read_line(&mut line).map_err(|e| broken(&e))?;
+        let digits = line.trim();
+        let mut key = Zeroizing::new([0; 32]);
+        if digits.len() != 64 || !digits.is_ascii() {
+            return Err(broken(&"it begins with no key"));
+        }
+        for (index, byte) in key.iter_mut().enumerate() {
+            let pair = &digits[2 * index..2 * index + 2];
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| broken(&"it begins with no key"))?;
+        }
+        let mut order = String::new();
+        from.read_line(&mut order).map_err(|e| broken(&e))?;
+        let order = serde_json::from_str(&order).map_err(|e| broken(&e))?;
+        Ok(Self { seal: Arc::new(Seal::new(&key)), order })
+    }
+}
+
+/// Ends this process when the daemon does, whose order comes again: two must not work on the same instance.
+pub(crate) fn end_with(mut daemon: impl Read + Send + 'static) {
+    std::thread::spawn(move || {
+        let _ = io::copy(&mut daemon, &mut io::sink());
+        std::process::exit(1);
+    });
+}
+
+/// Carries it out, telling how it is going on `out`; what is told last is the outcome.
+pub(crate) async fn carry_out(
+    config: &RunConfig,
+    wanted: Wanted,
+    open_source: &OpenSource,
+    open_vault: &OpenVault,
+    out: &Teller,
+) -> Result<PrivateNews, String> {
+    let Wanted { seal, order } = wanted;
+    match order {
+        PrivateOrder::Backup { home, known, hashes, disks } => {
+            let vault = open_vault(config, &home, infos(&known))?;
+            let cache = Cache::open(&config.cache).map_err(|e| format!("cannot open the host's cache: {e}"))?;
+            let store = Arc::new(FrameStore::new(cache, open_source(config)?));
+            let opened = open_disks(config, &disks, &store).await?;
+            let known = recall(vault.as_ref(), &known, &hashes, &seal).await?;
+            let (out, handle) = (out.clone(), Handle::current());
+            let back_up = move || back_up(opened, known, seal, Sink { vault, hashes, handle }, &out);
+            tokio::task::spawn_blocking(back_up).await.map_err(|e| e.to_string())?
+        }
+        PrivateOrder::Restore { home, packs, scratch, disks } => {
+            let vault = open_vault(config, &home, infos(&packs))?;
+            let cache = Cache::open(&scratch).map_err(|e| format!("cannot use {}: {e}", scratch.display()))?;
+            let store = FrameStore::new(cache.sealed(seal), vault);
+            restore(&store, &disks, out).await
+        }
+    }
+}
+
+fn infos(packs: &[RunPack]) -> Vec<PackInfo> {
+    let info = |pack: &RunPack| PackInfo { digest: pack.digest, size: pack.size, directory: pack.directory };
+    packs.iter().map(info).collect()
+}
+
+/// Tells the daemon.
+#[derive(Clone)]
+pub(crate) struct Teller(Arc<std::sync::Mutex<Box<dyn Write + Send>>>);
+
+impl Teller {
+    pub fn new(out: impl Write + Send + 'static) -> Self {
+        Self(Arc::new(std::sync::Mutex::new(Box::new(out))))
+    }
+
+    /// A daemon that does not listen any more has died, and the order comes again.
+    pub fn tell(&self, news: &PrivateNews) {
+        let mut out = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let written = serde_json::to_writer(&mut *out, news).map_err(io::Error::from);
+        if let Err(error) = written.and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()) {
+            tracing::debug!(%error, "the daemon does not listen");
+        }
+    }
+}
+
+async fn open_disks(config: &RunConfig, names: &[Name], store: &Arc<FrameStore>) -> Result<Vec<(Name, Disk)>, String> {
+    let mut disks = Vec::new();
+    for name in names {
+        let found = config.disks.iter().find(|disk| disk.name == *name);
+        let found = found.ok_or_else(|| format!("it has no disk \"{name}\""))?;
+        let opened = open(found, store.clone()).await.map_err(|e| format!("disk \"{name}\" cannot be opened: {e}"))?;
+        disks.push((name.clone(), opened));
+    }
+    Ok(disks)
+}
+
+/// What the packs of the backup before hold: as remembered, else read back and verified. A pack that is not there, or not
+/// what it was, is not known: what it held is sent again.
+async fn recall(vault: &dyn Vault, packs: &[RunPack], hashes: &Path, seal: &Arc<Seal>) -> Result<KnownBlocks, String> {
+    let mut known = KnownBlocks::new(HashSet::new());
+    let nowhere = "private/data".parse().map_err(|e| format!("{e}"))?;
+    for pack in packs {
+        let path = hashes.join(pack.digest.to_string());
+        let remembered = std::fs::read(&path).ok().and_then(|bytes| PackHashes::decode(&bytes));
+        let from = if remembered.is_some() { pack.size.saturating_sub(TRAILER) } else { 0 };
+        let bytes = match vault.read(&nowhere, &pack.digest, from..pack.size).await {
+            Ok(bytes) => bytes,
+            Err(error @ SourceError::Away(_)) => return Err(format!("cannot compare with the backup before: {error}")),
+            Err(error) => {
+                tracing::warn!(pack = %pack.digest, %error, "a pack of the backup before is not there; its content is sent again");
+                continue;
+            }
+        };
+        let held = match remembered {
+            Some(held) => held,
+            None if Digest::of(&bytes) != pack.digest => {
+                tracing::warn!(pack = %pack.digest, "a pack of the backup before is damaged; its content is sent again");
+                continue;
+            }
+            None => {
+                let read = PackHashes::of_sealed(&bytes, seal);
+                let read = read.map_err(|e| format!("the backup before cannot be read: {e}"))?;
+                remember(hashes, &pack.digest, &read);
+                read
+            }
+        };
+        known.learn(&pack.digest, &held);
+    }
+    Ok(known)
+}
+
+fn back_up(
+    disks: Vec<(Name, Disk)>,
+    known: KnownBlocks,
+    seal: Arc<Seal>,
+    mut sink: Sink,
+    out: &Teller,
+) -> Result<PrivateNews, String> {
+    let total: u64 = disks.iter().map(|(_, disk)| disk.size()).sum();
+    let (mut before, told) = (0, AtomicU64::new(0));
+    let handle = sink.handle.clone();
+    let mut publisher = Publisher::new(known, &mut sink).sealing(seal);
+    let mut stored = Vec::new();
+    for (name, disk) in disks {
+        let failed = |e: &dyn std::fmt::Display| format!("disk \"{name}\" cannot be backed up: {e}");
+        let size = disk.size();
+        let reader = Reader { disk, handle: handle.clone() };
+        let survey = collective_disk::unused(&reader).map_err(|e| failed(&e))?;
+        survey.notes.iter().for_each(|note| tracing::info!(disk = %name, note, "what is stored of it"));
+        let progress = |done: u64| {
+            if before + done >= told.load(Ordering::Relaxed) + TELL_EVERY {
+                told.store(before + done, Ordering::Relaxed);
+                out.tell(&PrivateNews::Progress { done: before + done, total });
+            }
+        };
+        let root = publisher.add(&reader, &survey.unused, &Trace::default(), &progress).map_err(|e| failed(&e))?;
+        before += size;
+        stored.push(StoredDisk { name, size, root });
+    }
+    let (packs, summary) = publisher.finish().map_err(|e| format!("the backup cannot be stored: {e}"))?;
+    Ok(PrivateNews::Stored { disks: stored, packs, used_bytes: summary.used_bytes })
+}
+
+/// A disk for whoever may block.
+struct Reader {
+    disk: Disk,
+    handle: Handle,
+}
+
+impl Reader {
+    fn fill(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let read = match self.disk.try_read(offset, buffer.len())? {
+            Some(read) => read,
+            None => self.handle.block_on(self.disk.read(offset, buffer.len()))?,
+        };
+        if read.len() != buffer.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        buffer.copy_from_slice(&read);
+        Ok(())
+    }
+}
+
+impl DiskReader for Reader {
+    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.fill(offset, buffer)
+    }
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(self.disk.next_data(offset))
+    }
+}
+
+impl ReadAt for Reader {
+    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.fill(offset, buffer)
+    }
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+}
+
+/// Sends packs, and remembers what is in them.
+struct Sink {
+    vault: Arc<dyn Vault>,
+    hashes: PathBuf,
+    handle: Handle,
+}
+
+impl PackSink for Sink {
+    fn put(&mut self, pack: Pack, hashes: PackHashes) -> io::Result<()> {
+        let bytes = bytes::Bytes::from(pack.bytes);
+        let send = async {
+            for attempt in 0.. {
+                match self.vault.put(&pack.digest, bytes.clone()).await {
+                    Err(error @ SourceError::Away(_)) if attempt < ATTEMPTS => {
+                        tracing::warn!(%error, "a pack cannot be stored now; it is tried again");
+                        tokio::time::sleep(Duration::from_secs(1 << attempt)).await;
+                    }
+                    done => return done,
+                }
+            }
+            Ok(())
+        };
+        self.handle.block_on(send).map_err(io::Error::other)?;
+        remember(&self.hashes, &pack.digest, &hashes);
+        Ok(())
+    }
+}
+
+/// Keeps what is in a pack; this only saves time at the next backup.
+fn remember(folder: &Path, pack: &Digest, hashes: &PackHashes) {
+    let write = || std::fs::write(folder.join(pack.to_string()), hashes.encode());
+    if let Err(error) = std::fs::create_dir_all(folder).and_then(|()| write()) {
+        tracing::warn!(%error, "what is in a pack cannot be remembered; the next backup reads it back");
+    }
+}
+
+async fn restore(store: &FrameStore, disks: &[RestoreDisk], out: &Teller) -> Result<PrivateNews, String> {
+    let nowhere = "private/data".parse().map_err(|e| format!("{e}"))?;
+    let mut maps = Vec::new();
+    let mut frames = Vec::new();
+    for disk in disks {
+        store.add_version(&nowhere, &disk.root).await;
+        let map = ImageMap::load(store, disk.root).await.map_err(|e| not_there(&disk.name, &e))?;
+        if map.size != disk.size || disk.size > disk.becomes {
+            return Err(format!("disk \"{}\" has another size in the backup than the plane recorded", disk.name));
+        }
+        frames.extend(map.frames());
+        maps.push(map);
+    }
+    let name = disks.first().map(|disk| &disk.name).ok_or("the backup has no disks")?;
+    let total = store.lack(&frames).await.map_err(|e| not_there(name, &e))?.bytes;
+    let (done, told) = (AtomicU64::new(0), AtomicU64::new(0));
+    let progress = |bytes: u64| {
+        let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if done >= told.load(Ordering::Relaxed) + TELL_EVERY {
+            told.store(done, Ordering::Relaxed);
+            out.tell(&PrivateNews::Progress { done, total });
+        }
+    };
+    let fetched = store.prefetch(&frames, &progress).await.map_err(|e| not_there(name, &e))?;
+    let mut bytes = 0;
+    for (disk, map) in disks.iter().zip(&maps) {
+        bytes += write(store, disk, map).await?;
+    }
+    Ok(PrivateNews::Restored { bytes, fetched })
+}
+
+/// What a store that lost, changed or rolled back an object is found out by.
+fn not_there(disk: &Name, error: &collective_store::fetch::FetchError) -> String {
+    if error.is_away() {
+        return format!("disk \"{disk}\" cannot be fetched now: {error}");
+    }
+    format!(
+        "the store does not have disk \"{disk}\" as the plane recorded it: an object is missing, was damaged, or another or \
+         an older one is in its place ({error}). Bring back the store's objects below private/ from a copy of that time, or \
+         restore another backup"
+    )
+}
+
+/// Writes a disk into a new layer; durable when it returns. What is zeros is not in the layer, and nothing is below it.
+async fn write(store: &FrameStore, disk: &RestoreDisk, map: &ImageMap) -> Result<u64, String> {
+    let failed = |e: &dyn std::fmt::Display| format!("disk \"{}\" cannot be written: {e}", disk.name);
+    Layer::create(&disk.layer, disk.becomes).map_err(|e| failed(&e))?;
+    let layer = Layer::open(&disk.layer, disk.becomes, true).map_err(|e| failed(&e))?;
+    let (mut block, mut written) = (0, 0);
+    while block < map.blocks() {
+        block += match map.run_at(block) {
+            Run::Zeros(blocks) => blocks,
+            Run::Frame { digest, length, offset, blocks } => {
+                let content = store.frame(&digest, length).await.map_err(|e| not_there(&disk.name, &e))?;
+                let from = usize::from(offset) * BLOCK as usize;
+                let end = (blocks * BLOCK).min(map.size - block * BLOCK) as usize;
+                let part = content.get(from..from + end).ok_or_else(|| failed(&"its index points beyond a frame"))?;
+                layer.write(block * BLOCK, part).map_err(|e| failed(&e))?;
+                written += part.len() as u64;
+                blocks
+            }
+        };
+    }
+    layer.flush().map_err(|e| failed(&e))?;
+    Ok(written)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_that_are_none_are_refused_and_keys_are_not_shown() {
+        let key = "0f".repeat(32);
+        let order = format!(
+            "{key}\n{{\"do\":\"restore\",\"home\":\"{}\",\"packs\":[],\"scratch\":\"/x\",\"disks\":[]}}\n",
+            "1".repeat(32)
+        );
+        assert!(matches!(Wanted::read(&mut order.as_bytes()).unwrap().order, PrivateOrder::Restore { .. }));
+        let long = "0".repeat(66);
+        for wrong in ["", "\n", "0f0f\n{}", &key, &format!("{key}\n{{}}\n"), &long, &"é".repeat(32), &"zz".repeat(32)]
+        {
+            let Err(why) = Wanted::read(&mut wrong.as_bytes()) else { panic!("{wrong}") };
+            assert!(why.contains("order cannot be read") && !why.contains("0f0f"), "{why}");
+        }
+    }
+}
