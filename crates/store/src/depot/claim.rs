@@ -43,10 +43,17 @@ impl Depot {
     }
 
     async fn settle(&self, claim: &Claim) -> Result<(), DepotError> {
-        if let Some(owner) = self.owner().await? {
-            return self.compare(&owner, claim);
+        let found = self.owner().await;
+        if let Ok(Some(owner)) = &found {
+            return self.compare(owner, claim);
         }
         let is_empty = self.list().await?.is_empty() && self.list_private().await?.is_empty();
+        match found {
+            // A claim that was written by half: nothing can be here yet.
+            Err(DepotError::Settings { .. }) if is_empty => _ = self.remove_owner().await?,
+            Err(error) => return Err(error),
+            Ok(_) => {}
+        }
         if !claim.takes_over && !is_empty {
             return Err(DepotError::Unclaimed { place: self.place.clone(), owner: OWNER });
         }
@@ -81,6 +88,11 @@ impl Depot {
     }
 
     /// False if it is there already.
+    async fn remove_owner(&self) -> Result<Option<()>, DepotError> {
+        let remove = || async { self.objects.delete(&Key::from(OWNER)).await };
+        self.repeated("claim", remove).await
+    }
+
     async fn create_owner(&self, claim: &Claim) -> Result<bool, DepotError> {
         let owner = Owner { format: 1, plane: claim.plane.clone() };
         let bytes = serde_json::to_vec(&owner).unwrap_or_default();
