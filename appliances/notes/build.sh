@@ -152,8 +152,9 @@ echo "$VERSION" >"$R/etc/notes-version"
 mkdir -p "$R/data"
 cat >"$R/etc/fstab" <<'F'
 LABEL=notes-system /     ext4 defaults,errors=remount-ro 0 1
-# sync: a note that was acknowledged is on the disk. nofail: without its data the appliance starts and says so.
-LABEL=notes-data   /data ext4 sync,nofail,x-systemd.growfs,x-systemd.device-timeout=20s 0 2
+# sync: a note that was acknowledged is on the disk. nofail: without its data the appliance starts and says so. The times are
+# those of a boot whose disks come over a thin link, like DefaultTimeoutStartSec below.
+LABEL=notes-data   /data ext4 sync,nofail,x-systemd.growfs,x-systemd.device-timeout=15min,x-systemd.mount-timeout=15min 0 2
 F
 cat >"$R/etc/systemd/network/80-dhcp.network" <<'F'
 [Match]
@@ -176,7 +177,7 @@ ExecStart=-udevadm trigger --action=add --subsystem-match=block --subsystem-matc
 ExecStart=-udevadm trigger --action=add --name-match=/dev/ttyS0
 F
 printf '[Journal]\nStorage=volatile\nRuntimeMaxUse=8M\n' >"$R/etc/systemd/journald.conf.d/volatile.conf"
-printf '[Manager]\nDefaultTimeoutStopSec=10s\nShowStatus=yes\n' >"$R/etc/systemd/system.conf.d/notes.conf"
+printf '[Manager]\nDefaultTimeoutStartSec=15min\nDefaultTimeoutStopSec=10s\nShowStatus=yes\n' >"$R/etc/systemd/system.conf.d/notes.conf"
 # The configuration was tested when the appliance was made: no second nginx for that at every boot.
 printf '[Unit]\nAfter=notes-prepare.service\n[Service]\nExecStartPre=\n' >"$R/etc/systemd/system/nginx.service.d/notes.conf"
 printf 'event=button/power.*\naction=/bin/systemctl poweroff\n' >"$R/etc/acpi/events/power"

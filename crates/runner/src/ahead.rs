@@ -20,6 +20,8 @@ use crate::state::Shared;
 
 /// A guest without a health check is taken to be up after this time.
 const UP_WITHOUT_CHECK: Duration = Duration::from_secs(60);
+/// Whoever is not up by then is not followed.
+const RECORD_FOR: Duration = Duration::from_secs(3600);
 /// A guest reads on after its first healthy answer.
 const RECORD_ON: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -42,7 +44,9 @@ pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>) {
     }
     if !boot.is_empty() {
         until_here(&shared, &boot, Pace::AHEAD, &all).await;
-        until_up(&shared).await;
+        // With all of that here, it is as fast as from a disk, or needs something that nobody foresaw.
+        let limit = shared.config.health.as_ref().map_or(UP_WITHOUT_CHECK, |check| check.limit.0);
+        until_up(&shared, limit).await;
     }
     until_here(&shared, &all, Pace::BESIDE, &all).await;
 }
@@ -75,20 +79,21 @@ async fn until_here(shared: &Shared, frames: &[Digest], pace: Pace, all: &[Diges
     }
 }
 
-/// Waits until the guest is healthy, or has failed to become so; says which.
-async fn until_up(shared: &Shared) -> bool {
+/// Waits until the guest is healthy, for up to `limit`; says whether it is.
+async fn until_up(shared: &Shared, limit: Duration) -> bool {
     let begun = Instant::now();
     loop {
         let (health, running) = {
             let status = shared.status();
             (status.health, status.phase == Phase::Running)
         };
-        match health {
-            HealthState::Healthy => return true,
-            HealthState::Unhealthy => return false,
-            HealthState::Unknown | HealthState::Waiting => {}
+        if health == HealthState::Healthy {
+            return true;
         }
-        if shared.config.health.is_none() && running && begun.elapsed() > UP_WITHOUT_CHECK {
+        if begun.elapsed() > limit {
+            return false;
+        }
+        if shared.config.health.is_none() && running && begun.elapsed() >= UP_WITHOUT_CHECK {
             return true;
         }
         sleep(LOOK_EVERY).await;
@@ -97,7 +102,7 @@ async fn until_up(shared: &Shared) -> bool {
 
 /// Writes into `to` which blocks the guest read until it was up, for whoever publishes the next version.
 pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, to: PathBuf) {
-    let up = until_up(&shared).await;
+    let up = until_up(&shared, RECORD_FOR).await;
     sleep(RECORD_ON).await;
     let names = shared.config.disks.iter().map(|disk| disk.name.to_string());
     let traces: BTreeMap<String, Trace> = names.zip(disks.iter().map(|disk| disk.stop_recording())).collect();
