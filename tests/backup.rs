@@ -119,9 +119,14 @@ fn data_comes_back_after_its_instance_is_gone() {
     assert_eq!(guest.request("GET", "/notes/own", "").unwrap().0, 404);
     let kept = fleet.info("m")["checkpoints"].clone();
     assert!(kept[0]["why"].as_str().unwrap().starts_with("before restore of backup"), "{kept}");
+    // Into a disk that was enlarged.
+    fleet.ok(&["stop", "m"]);
+    fleet.ok(&["set", "m", "disk.data=64M"]);
+    start(&fleet, "m", &guest);
     fleet.ok(&["stop", "m"]);
     restore(&third);
     start(&fleet, "m", &guest);
+    assert_eq!(fleet.info("m")["disks"][1]["size"], 64 << 20);
     assert_eq!(guest.get("/notes/x"), NOTE);
     assert!(guest.get("/notes/book") == book);
     assert_eq!(guest.get("/notes/y"), "another note");
@@ -258,6 +263,7 @@ fn a_lost_key_an_old_store_and_another_host_are_refused() {
     assert_eq!(guest.get("/notes/x"), NOTE);
 
     // Backups and data disks that do not fit, ids that are none.
+    other_disks(&fleet, id);
     for (arguments, wanted) in [
         (&["backup", "restore", "n", "--backup", "00000000"][..], "there is no backup"),
         (&["backup", "restore", "n", "--backup", "xyz"], "is no id of a backup"),
@@ -267,6 +273,32 @@ fn a_lost_key_an_old_store_and_another_host_are_refused() {
         let error = fleet.fails(arguments);
         assert!(error.contains(wanted), "{arguments:?}: {error}");
     }
+}
+
+/// An appliance whose data disk has another name, and one that has none.
+fn other_disks(fleet: &Fleet, backup: &str) {
+    let built = tiny(PROGRAM, SCRATCH, "1");
+    let text = std::fs::read_to_string(built.join("appliance.toml")).unwrap();
+    let named = text.replace("name = \"tiny\"", "name = \"named\"").replace("name = \"data\"", "name = \"stuff\"");
+    let system = text.replace("name = \"tiny\"", "name = \"bare\"").replace("role = \"data\"", "role = \"scratch\"");
+    let system = system.replace("file = \"data.raw\"", "size = \"1M\"");
+    for (name, text) in [("named", named), ("bare", system)] {
+        let folder = fleet.file(name);
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("appliance.toml"), text).unwrap();
+        for disk in ["system.raw", "data.raw"] {
+            std::fs::copy(built.join(disk), folder.join(disk)).unwrap();
+        }
+        fleet.ok(&["publish", &folder.to_string_lossy()]);
+        fleet.ok(&["launch", &format!("test/{name}"), "--name", name, "--host", "a"]);
+        fleet.wait(name, "running");
+        fleet.ok(&["stop", name]);
+    }
+    let error = fleet.fails(&["backup", "restore", "named", "--backup", backup]);
+    assert!(error.contains("has a data disk \"data\", and this instance has stuff"), "{error}");
+    let error = fleet.fails(&["backup", "restore", "bare", "--backup", backup]);
+    assert!(error.contains("this instance has no data disks"), "{error}");
+    assert!(fleet.fails(&["backup", "bare"]).contains("it has no data disks"));
 }
 
 #[test]
@@ -286,6 +318,10 @@ fn a_backup_that_its_host_died_over_is_made_once() {
     fleet.run_host("b");
     assert!(asked.wait().unwrap().success(), "whoever asked for it hears of its end");
     assert_eq!(fleet.json(&["backup", "list"]).as_array().unwrap().len(), 1);
+    // What the store lost is noticed by the next backup, and sent again.
+    objects(&fleet).keys().for_each(|path| std::fs::remove_file(path).unwrap());
+    assert!(fleet.fails(&["backup", "restore", "n"]).contains("does not have disk"));
+    fleet.ok(&["backup", "n"]);
     fleet.ok(&["backup", "restore", "n"]);
     start(&fleet, "n", &guest);
     assert_eq!(guest.get("/notes/x"), NOTE);

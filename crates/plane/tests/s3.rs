@@ -69,7 +69,7 @@ async fn a_store_has_one_plane_and_a_plane_keeps_to_its_store() {
 
     // Nothing said: what it was. Something else: only with the packs.
     let (error, folder) = open(site.close(), Some(Place::Local)).await.err().unwrap();
-    assert!(error.to_string().contains("1 of those that its versions need are not in"), "{error}");
+    assert!(error.to_string().contains("1 of those that its versions and backups need are not in"), "{error}");
     let (error, folder) = open(folder, place("three")).await.err().unwrap();
     assert!(matches!(error, PlaneError::Moved { missing: 1, .. }), "{error}");
     let site = open(folder, None).await.unwrap();

@@ -21,6 +21,7 @@ use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt
 
 use crate::PackInfo;
 use crate::pack::{self, Directory, PackError};
+use crate::seal;
 
 pub use s3::{Access, Bucket, Patience, Place, PlaceError, VARIABLES};
 pub use trouble::{Trouble, TroubleKind};
@@ -66,7 +67,7 @@ impl Home for InstanceId {
         format!("private/{self}")
     }
     fn verify(bytes: &[u8]) -> Result<Directory, PackError> {
-        pack::verify_sealed(bytes)
+        seal::verify_sealed(bytes)
     }
 }
 

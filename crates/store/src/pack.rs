@@ -12,18 +12,17 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 use collective_model::Digest;
 use rayon::prelude::*;
 
-use crate::seal::{Form, MAX_SEALED_BYTES, MIN_SEALED_BYTES, Opened, Seal};
+use crate::seal::{Form, MAX_SEALED_BYTES, MIN_SEALED_BYTES, Opened};
 use crate::similar::MAX_BASES;
 use crate::{BLOCK, Encoding, FRAME_BLOCKS, FrameError, MAX_PAGE_BYTES, PART_BLOCKS};
 
 const MAGIC: &[u8; 8] = b"CLPK\x02\0\0\0";
 const END_MAGIC: &[u8; 4] = b"CLPE";
-const HEADER: u64 = 8;
+pub(crate) const HEADER: u64 = 8;
 const ENTRY: u64 = 52;
 /// A part of a frame, in bytes.
 pub(crate) const PART_BYTES: usize = PART_BLOCKS * BLOCK as usize;
@@ -327,24 +326,6 @@ pub fn verify(bytes: &[u8]) -> Result<Directory, PackError> {
     Ok(directory)
 }
 
-/// Reads a whole private pack and checks its form, which is all that can be done without its owner's key: everything in
-/// it has to be sealed, one after the other and without gaps, where something readable could be.
-pub fn verify_sealed(bytes: &[u8]) -> Result<Directory, PackError> {
-    let directory = directory(bytes)?;
-    let mut at = HEADER;
-    for (index, entry) in directory.entries.iter().enumerate() {
-        if entry.encoding != Encoding::Sealed || entry.offset != at {
-            return Err(PackError::Entry { index, why: "it is not sealed, as everything of a private pack is" });
-        }
-        at = entry.range().end;
-    }
-    let range = directory_range(&bytes[bytes.len() - TRAILER as usize..], bytes.len() as u64)?;
-    if !directory.deltas.is_empty() || at != range.start {
-        return Err(PackError::Format("a private pack has something in it that is not sealed"));
-    }
-    Ok(directory)
-}
-
 /// Reads the directory of a whole pack.
 pub fn directory(bytes: &[u8]) -> Result<Directory, PackError> {
     let size = bytes.len() as u64;
@@ -358,11 +339,6 @@ pub fn directory(bytes: &[u8]) -> Result<Directory, PackError> {
 /// The verified content of an entry of a whole pack.
 pub fn contents(bytes: &[u8], entry: &Entry) -> Result<Vec<u8>, PackError> {
     opened(bytes, entry, &Form::default()).map(|opened| opened.content)
-}
-
-/// What a sealed entry of a whole pack holds, for its owner.
-pub fn unsealed(bytes: &[u8], entry: &Entry, seal: &Arc<Seal>) -> Result<Opened, PackError> {
-    opened(bytes, entry, &Form(Some(seal.clone())))
 }
 
 pub(crate) fn opened(bytes: &[u8], entry: &Entry, form: &Form) -> Result<Opened, PackError> {

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use crate::frame::encode_at;
 use crate::known::{BlockHash, PartAnchors, part_anchors};
-use crate::pack::EntryKind;
+use crate::pack::{self, Directory, Entry, EntryKind, PackError};
 use crate::{Encoding, FrameError, MAX_PAGE_BYTES, decode_within};
 
 /// What derived keys and the sealed name are bound to: another use of the same owner's key gets other keys.
@@ -197,6 +197,29 @@ pub(crate) struct Stored {
     pub encoding: Encoding,
     pub length: u32,
     pub bytes: Vec<u8>,
+}
+
+/// Reads a whole private pack and checks its form, which is all that can be done without its owner's key: everything in
+/// it has to be sealed, one after the other and without gaps, where something readable could be.
+pub fn verify_sealed(bytes: &[u8]) -> Result<Directory, PackError> {
+    let directory = pack::directory(bytes)?;
+    let mut at = pack::HEADER;
+    for (index, entry) in directory.entries.iter().enumerate() {
+        if entry.encoding != Encoding::Sealed || entry.offset != at {
+            return Err(PackError::Entry { index, why: "it is not sealed, as everything of a private pack is" });
+        }
+        at = entry.range().end;
+    }
+    let range = pack::directory_range(&bytes[bytes.len() - pack::TRAILER as usize..], bytes.len() as u64)?;
+    if !directory.deltas.is_empty() || at != range.start {
+        return Err(PackError::Format("a private pack has something in it that is not sealed"));
+    }
+    Ok(directory)
+}
+
+/// What a sealed entry of a whole pack holds, for its owner.
+pub fn unsealed(bytes: &[u8], entry: &Entry, seal: &Arc<Seal>) -> Result<Opened, PackError> {
+    pack::opened(bytes, entry, &Form(Some(seal.clone())))
 }
 
 #[cfg(test)]

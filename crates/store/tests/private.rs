@@ -12,7 +12,7 @@ use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::{self, Pack};
 use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
-use collective_store::seal::Seal;
+use collective_store::seal::{self, Seal};
 use collective_store::trace::Trace;
 use collective_store::{BLOCK, PackInfo, Source, SourceError};
 use futures_util::future::BoxFuture;
@@ -35,7 +35,7 @@ struct Sink<'a>(&'a Objects, &'a Arc<Seal>);
 
 impl PackSink for Sink<'_> {
     fn put(&mut self, pack: Pack, hashes: PackHashes) -> io::Result<()> {
-        assert_eq!(pack::verify_sealed(&pack.bytes).unwrap(), pack.directory);
+        assert_eq!(seal::verify_sealed(&pack.bytes).unwrap(), pack.directory);
         assert!(pack::verify(&pack.bytes).is_err(), "nobody takes it for a public pack");
         assert_eq!(PackHashes::of_sealed(&pack.bytes, self.1).unwrap(), hashes, "as if it were read back");
         assert_eq!(PackHashes::decode(&hashes.encode()), Some(hashes));
@@ -218,12 +218,12 @@ proptest! {
         let (objects, key) = (Objects::default(), seal(1));
         let (_, packs, _) = store(&objects, &disk(20, 0), &key, &[]);
         let mut bytes = objects.get(&packs[0]).to_vec();
-        prop_assert!(pack::verify_sealed(&bytes[..cut.index(bytes.len())]).is_err());
+        prop_assert!(seal::verify_sealed(&bytes[..cut.index(bytes.len())]).is_err());
         let at = at.index(bytes.len());
         bytes[at] = value;
-        if let Ok(directory) = pack::verify_sealed(&bytes) {
+        if let Ok(directory) = seal::verify_sealed(&bytes) {
             for entry in directory.entries {
-                if let Ok(opened) = pack::unsealed(&bytes, &entry, &key) {
+                if let Ok(opened) = seal::unsealed(&bytes, &entry, &key) {
                     prop_assert_eq!(key.name(&opened.content), entry.digest);
                 }
             }
