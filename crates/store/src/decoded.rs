@@ -111,7 +111,7 @@ mod tests {
     fn what_is_damaged_is_a_miss_and_what_is_open_stays() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path()).unwrap();
-        let content: Vec<u8> = (0..8192u32).map(|i| (i * i >> 5) as u8).collect();
+        let content: Vec<u8> = (0..8192u32).map(|i| ((i * i) >> 5) as u8).collect();
         let digest = Digest::of(&content);
         let path = cache.decoded_path(&digest);
         let read = |decoded: &Decoded| {
