@@ -122,6 +122,15 @@ impl Cache {
 
     /// The frame, verified, or `None`. A damaged file is removed and reported as missing.
     pub fn get(&self, digest: &Digest) -> io::Result<Option<Cached>> {
+        let found = self.look_at(digest)?;
+        if found.is_some() {
+            note_use(&self.frame_path(digest));
+        }
+        Ok(found)
+    }
+
+    /// As [`get`](Self::get), and does not count as use.
+    pub(crate) fn look_at(&self, digest: &Digest) -> io::Result<Option<Cached>> {
         let path = self.frame_path(digest);
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
@@ -133,7 +142,6 @@ impl Cache {
             std::fs::remove_file(&path)?;
             return Ok(None);
         };
-        note_use(&path);
         Ok(Some(Cached { content, stored: (bytes.len() - HEADER) as u64 }))
     }
 

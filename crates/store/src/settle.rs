@@ -54,7 +54,7 @@ pub(crate) fn after_boot(cache: &Cache) -> io::Result<()> {
 fn look(cache: &Cache, since: SystemTime) -> io::Result<usize> {
     let young = cache.young(since)?;
     young.par_iter().for_each(|digest| {
-        if let Err(error) = cache.get(digest) {
+        if let Err(error) = cache.look_at(digest) {
             tracing::warn!(frame = %digest, %error, "a cached frame cannot be read");
         }
     });

@@ -1,6 +1,6 @@
 //! Which blocks a guest reads while it boots, in order: what a cold host fetches first.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use collective_model::Digest;
@@ -57,7 +57,8 @@ impl Trace {
     pub fn frames(&self, image: &ImageMap) -> Vec<Digest> {
         let mut seen = HashSet::new();
         let mut frames = Vec::new();
-        for range in self.ranges(image.blocks()) {
+        let mut walked = Walked::default();
+        for range in self.ranges(image.blocks()).flat_map(|range| walked.add(range)) {
             let mut block = range.start;
             while block < range.end {
                 block += match image.run_at(block) {
@@ -75,12 +76,51 @@ impl Trace {
     }
 }
 
+/// Blocks that were walked through: a trace that names the same ones again and again would take hours otherwise.
+#[derive(Default)]
+struct Walked(BTreeMap<u64, u64>);
+
+impl Walked {
+    /// The parts of a range that are new.
+    fn add(&mut self, range: Range<u64>) -> Vec<Range<u64>> {
+        let touches = |(_, end): &(&u64, &u64)| **end >= range.start;
+        let mut old: Vec<Range<u64>> =
+            self.0.range(..=range.end).rev().take_while(touches).map(|(start, end)| *start..*end).collect();
+        old.reverse();
+        let (mut whole, mut at, mut new) = (range.clone(), range.start, Vec::new());
+        for known in old {
+            if at < known.start {
+                new.push(at..known.start);
+            }
+            at = at.max(known.end);
+            whole = whole.start.min(known.start)..whole.end.max(known.end);
+            self.0.remove(&known.start);
+        }
+        if at < range.end {
+            new.push(at..range.end);
+        }
+        self.0.insert(whole.start, whole.end);
+        new
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn every_block_is_walked_once(ranges in proptest::collection::vec((0u64..100, 1u64..30), 0..30)) {
+            let (mut walked, mut seen) = (Walked::default(), HashSet::new());
+            for (first, count) in ranges {
+                let expected: Vec<u64> = (first..first + count).filter(|block| seen.insert(*block)).collect();
+                let new = walked.add(first..first + count);
+                prop_assert!(new.iter().all(|range| range.start < range.end));
+                prop_assert_eq!(new.into_iter().flatten().collect::<Vec<_>>(), expected);
+            }
+        }
+
         #[test]
         fn round_trip(ranges in proptest::collection::vec((any::<u32>(), any::<u32>()), 0..50), cut in 0usize..400) {
             let trace = Trace(ranges);

@@ -107,7 +107,7 @@ fn interrupted(seed: u64, folder: &Path, reboots: bool) -> Dice {
 
 #[test]
 fn after_any_power_cut_all_is_read_right_and_the_plan_is_what_moves() {
-    for seed in seeds(250) {
+    for seed in seeds(200) {
         let _named = Seed(seed);
         let folder = folder();
         let mut dice = interrupted(seed, folder.path(), true);
@@ -126,7 +126,7 @@ fn after_any_power_cut_all_is_read_right_and_the_plan_is_what_moves() {
 /// Without a reboot nobody looks at what is damaged: it is found when it is read.
 #[test]
 fn a_disk_that_ages_costs_time_and_never_right_bytes() {
-    for seed in seeds(250) {
+    for seed in seeds(200) {
         let _named = Seed(seed);
         let folder = folder();
         let mut dice = interrupted(seed, folder.path(), false);

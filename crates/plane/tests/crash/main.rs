@@ -77,7 +77,7 @@ fn chain(seed: u64, kind: &'static str, seen: &mut Seen) {
 }
 
 fn seeds(kind: &'static str, from: u64) {
-    let count = number("SEEDS").unwrap_or(35);
+    let count = number("SEEDS").unwrap_or(30);
     let chosen = number("SEED").map_or(from..from + count, |seed| seed..seed + 1);
     let mut seen = Seen::default();
     let all = chosen.end - chosen.start;
@@ -94,7 +94,7 @@ fn seeds(kind: &'static str, from: u64) {
         seen.removed,
         seen.faults
     );
-    if all >= 35 {
+    if all >= 30 {
         let happened = seen.unanswered > 0 && seen.withdrawn > 0 && seen.removed > 0 && seen.faults.len() == 5;
         assert!(happened && seen.deaths_at_work > all, "the test itself");
     }
