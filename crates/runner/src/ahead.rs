@@ -68,7 +68,12 @@ async fn until_here(shared: &Shared, frames: &[Digest], pace: Pace, all: &[Diges
         if missing == 0 || frames.iter().all(|frame| shared.store.cache().has(frame)) {
             return;
         }
-        match shared.store.fetch_ahead(frames, pace, &|_| {}).await {
+        let progress = |_| {
+            if let Some(missing) = shared.status().frames_missing.as_mut() {
+                *missing = missing.saturating_sub(1);
+            }
+        };
+        match shared.store.fetch_ahead(frames, pace, &progress).await {
             Ok(0) => sleep(LOOK_EVERY).await, // what is missing is on its way to readers
             Ok(_) => {}
             Err(error) => {
