@@ -51,10 +51,18 @@ class Site:
         return self
 
     def __exit__(self, *_):
-        for view in self.json("list") or []:
-            run(self.program, "delete", view["name"], "--data", env=self.environment, check=False)
+        """Ends the daemons, and then the machines: most have no system that would switch itself off when asked."""
         self.up.send_signal(signal.SIGTERM)
         self.up.wait()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(self.folder) in (process / "cmdline").read_text().replace("\0", " ") and int(process.name) != os.getpid():
+                    os.kill(int(process.name), signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):
+                pass
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            if line.split()[1].startswith(str(self.folder)):
+                run("umount", "-l", line.split()[1], check=False)
 
     def run(self, *arguments):
         """With the plane's CPU."""
@@ -80,8 +88,8 @@ def until(what, condition, limit=120):
         time.sleep(0.1)
 
 
-def update(program, folder, first, second):
-    """Brings a host that has all of `first` to `second`: what the plan said, what the update fetched, and the publish of each."""
+def update(program, folder, first, second, boots=False):
+    """What a host that has all of `first` plans to fetch for `second`; where the machine boots, also that this is what the update fetches."""
     with Site(program, folder) as site:
         _, one = site.publish(first)
         appliance = one["appliance"]
@@ -90,9 +98,10 @@ def update(program, folder, first, second):
         before = site.stored()
         cost, two = site.publish(second)
         plan = site.json("plan", "n", "--to", two["version"])
-        done = site.json("update", "n", "--to", two["version"])
-        if done["bytes_fetched"] != plan["bytes_to_fetch"]:
-            raise SystemExit(f"the plan was {plan['bytes_to_fetch']} and {done['bytes_fetched']} bytes moved")
+        if boots:
+            done = site.json("update", "n", "--to", two["version"])
+            if done["bytes_fetched"] != plan["bytes_to_fetch"]:
+                raise SystemExit(f"the plan was {plan['bytes_to_fetch']} and {done['bytes_fetched']} bytes moved")
         return {"plan": plan, "publish": cost, "stored": site.stored() - before, "summary": two}
 
 
