@@ -38,7 +38,7 @@ lint:            ## format and clippy
 
 bench: bench-store
 
-bench-store:     ## the store against its peers, some 30 minutes, as root; results in target/bench/store.{json,md,svg}
+bench-store:     ## the store against its peers, some 25 minutes, as root; results in target/bench/store.{json,md,svg}
 	deploy/install-deps bench
 	$(CARGO) build --release --bin collective
 	bench/store/run $(PROGRAM)

@@ -1,8 +1,8 @@
 //! Which block with this content is where: the maker's index, in some 10 bytes of memory for each block.
 //!
 //! A slot of the table has 32 bits of a block's hash and the block's number; the whole hashes, by number, are in a temporary
-//! file, and every hit is compared there. So a disk of 100 GiB, 26 million blocks, needs a table of 300 MB at most and 840 MB of a
-//! file, where a map of whole hashes took more than 2 GB of memory.
+//! file, and every hit is compared there. By that count a disk of 100 GiB, 26 million
+//! blocks, needs a table of some 300 MB and 840 MB of a file.
 
 use std::fs::File;
 use std::io;

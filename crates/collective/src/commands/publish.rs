@@ -49,7 +49,7 @@ pub struct Publish {
     /// The version's name, in place of the one in appliance.toml
     #[arg(long = "as", value_name = "VERSION")]
     pub(super) version: Option<VersionName>,
-    /// Compress harder: some 5 % fewer bytes, for many times the work
+    /// Compress harder: some 12 % fewer bytes of a first version, for some 27 times the CPU
     #[arg(long)]
     pub(super) small: bool,
 }
