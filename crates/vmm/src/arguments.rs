@@ -3,11 +3,14 @@
 use std::path::Path;
 
 use crate::accelerator::Accelerator;
+use crate::checkpoint::RAM;
 use crate::machine::{Display, Drive, Firmware, Machine, Nic, Outbound};
 
 /// Where QEMU puts its sockets and its log of the serial line.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Paths<'a> {
+    /// Memory to go on with, and the devices for it; else the guest is booted.
+    pub resume: Option<(&'a Path, &'a Path)>,
     pub qmp_socket: &'a Path,
     pub serial_socket: &'a Path,
     pub serial_log: &'a Path,
@@ -32,6 +35,7 @@ pub(crate) fn arguments(machine: &Machine, accelerator: &Accelerator, seccomp: b
         line.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
     }
     line.processor(machine, accelerator);
+    line.memory(machine.memory_mib, paths.resume);
     line.option("-uuid", machine.uuid.clone());
     line.option("-rtc", "base=utc");
     line.option("-chardev", format!("socket,id=qmp,path={},server=on,wait=off", value(paths.qmp_socket)));
@@ -56,6 +60,8 @@ pub(crate) fn arguments(machine: &Machine, accelerator: &Accelerator, seccomp: b
     if machine.display == Display::Vga {
         line.option("-device", "VGA,id=video");
     }
+    // What the guest frees is given back to the host, and is not in what is saved.
+    line.option("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,page-poison=off");
     line.0
 }
 
@@ -77,7 +83,7 @@ impl Line {
     }
 
     fn processor(&mut self, machine: &Machine, accelerator: &Accelerator) {
-        let mut board = "q35,usb=off".to_owned();
+        let mut board = format!("q35,usb=off,memory-backend={RAM},suppress-vmdesc=on");
         if let Firmware::Uefi { code, vars } = &machine.firmware {
             self.option(
                 "-blockdev",
@@ -95,6 +101,21 @@ impl Line {
         self.option("-cpu", processor);
         self.option("-smp", machine.cpus.to_string());
         self.option("-m", format!("size={}M", machine.memory_mib));
+    }
+
+    /// Memory that is gone on with is mapped privately: nothing that the guest writes reaches the file. What is left out
+    /// of the devices' stream is what comes before and after them in a stream with memory.
+    fn memory(&mut self, mib: u64, resume: Option<(&Path, &Path)>) {
+        self.option("-global", "migration.send-configuration=off");
+        match resume {
+            None => self.option("-object", format!("memory-backend-ram,id={RAM},size={mib}M")),
+            Some((memory, devices)) => {
+                let memory = value(memory);
+                self.option("-object", format!("memory-backend-file,id={RAM},size={mib}M,mem-path={memory},share=off"));
+                self.words(&["-S", "-incoming"]);
+                self.0.push(format!("file:{}", devices.to_string_lossy()));
+            }
+        }
     }
 
     /// The page cache of the host is used and the guest's flush becomes fdatasync. A read or write that fails
@@ -147,6 +168,7 @@ mod tests {
             qmp_socket: Path::new("/run/i/qmp.sock"),
             serial_socket: Path::new("/run/i/serial.sock"),
             serial_log: Path::new("/run/i/serial.log"),
+            resume: None,
         };
         arguments(machine, &accelerator, true, paths).join(" ").replace(" -", "\n-")
     }
@@ -161,11 +183,13 @@ mod tests {
 -action panic=none
 -msg timestamp=on
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
--machine q35,usb=off
+-machine q35,usb=off,memory-backend=ram,suppress-vmdesc=on
 -accel tcg,thread=multi
 -cpu max
 -smp 2
 -m size=512M
+-global migration.send-configuration=off
+-object memory-backend-ram,id=ram,size=512M
 -uuid 0f3c1b2a-1111-2222-3333-444455556666
 -rtc base=utc
 -chardev socket,id=qmp,path=/run/i/qmp.sock,server=on,wait=off
@@ -179,8 +203,23 @@ mod tests {
 -blockdev driver=file,filename=/v/seed.raw,node-name=seed,aio=threads,cache.direct=off,cache.no-flush=off,read-only=on
 -device virtio-blk-pci,drive=seed,id=disk-seed,serial=seed,discard=on,write-cache=on,rerror=stop,werror=stop
 -netdev user,id=net0,restrict=off
--device virtio-net-pci,netdev=net0,id=nic0,mac=52:54:00:12:34:56,romfile=";
+-device virtio-net-pci,netdev=net0,id=nic0,mac=52:54:00:12:34:56,romfile=
+-device virtio-balloon-pci,id=balloon,free-page-reporting=on,page-poison=off";
         assert_eq!(line(&example(), Accelerator::Tcg { why: "test".into() }), expected);
+    }
+
+    #[test]
+    fn going_on_with_a_saved_machine() {
+        let paths = Paths {
+            qmp_socket: Path::new("/run/i/qmp.sock"),
+            serial_socket: Path::new("/run/i/serial.sock"),
+            serial_log: Path::new("/run/i/serial.log"),
+            resume: Some((Path::new("/v/mem,ory"), Path::new("/run/i/devices"))),
+        };
+        let text = arguments(&example(), &Accelerator::Kvm, true, paths).join(" ");
+        let expected = "-object memory-backend-file,id=ram,size=512M,mem-path=/v/mem,,ory,share=off \
+                        -S -incoming file:/run/i/devices -uuid";
+        assert!(text.contains(expected), "{text}");
     }
 
     #[test]
@@ -193,7 +232,7 @@ mod tests {
         for part in [
             "-blockdev driver=file,filename=/f/code.fd,node-name=firmware-code,read-only=on\n",
             "-blockdev driver=file,filename=/f/vars.fd,node-name=firmware-vars\n",
-            "-machine q35,usb=off,pflash0=firmware-code,pflash1=firmware-vars\n-accel kvm\n-cpu host\n",
+            "-machine q35,usb=off,memory-backend=ram,suppress-vmdesc=on,pflash0=firmware-code,pflash1=firmware-vars\n-accel kvm\n-cpu host\n",
             "-netdev user,id=net0,restrict=on\n",
             "\n-device VGA,id=video",
         ] {

@@ -8,26 +8,33 @@
 //! * `accelerator`, `qemu`: what this host can do, found out by use.
 //! * `spawn`, `run_dir`: the process itself, its rights and its files.
 //! * `qmp`, `event`, `vm`: talking to it.
+//! * `memory`, `state`, `checkpoint`: a machine as data: what it is beside its disks, saved and brought back.
 //! * `guard`: keeps the guest away from the host's own addresses, without root and without a firewall.
 
 mod accelerator;
 mod arguments;
+mod checkpoint;
 mod event;
 mod forward;
 mod guard;
 mod kvm_probe;
 mod machine;
+mod memory;
 mod qemu;
 mod qmp;
 mod run_dir;
 mod spawn;
+mod state;
 mod vm;
 
 pub use accelerator::{Accelerator, detect_accelerator};
+pub use checkpoint::Resume;
 pub use event::{Event, EventReceiver, Exit, ExitReason, RunState};
 pub use guard::{Denial, GuardError, GuardPolicy, HostView, Transport, decide};
 pub use machine::{Display, Drive, Firmware, InvalidMachine, Machine, Nic, Outbound};
+pub use memory::GuestMemory;
 pub use qemu::{QemuError, QemuInfo, find_qemu};
 pub use qmp::QmpError;
 pub use run_dir::RunDirError;
+pub use state::{MachineState, StateError};
 pub use vm::{LaunchError, LaunchOptions, Vm, VmError};

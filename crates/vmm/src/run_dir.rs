@@ -18,6 +18,7 @@ const SERIAL_SOCKET: &str = "serial.sock";
 const SERIAL_LOG: &str = "serial.log";
 const QEMU_LOG: &str = "qemu.log";
 const SCREEN: &str = "screen.png";
+const DEVICES: &str = "devices";
 /// Room of a unix socket's name in the kernel, with its end (sockaddr_un).
 const SOCKET_NAME_ROOM: usize = 108;
 /// A log of QEMU longer than this is started anew.
@@ -27,6 +28,8 @@ const SERIAL_LIMIT: u64 = 16 << 20;
 const TAIL: u64 = 4096;
 /// A picture of the largest screen is far below.
 const SCREEN_LIMIT: u64 = 256 << 20;
+/// The devices of usual machines take some 100 KiB.
+const DEVICES_LIMIT: u64 = 256 << 20;
 
 /// Why a machine's directory can not be used.
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +81,7 @@ impl RunDir {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory =
             openat(CWD, path, flags, Mode::empty()).map_err(|errno| io("open it as a directory")(errno.into()))?;
-        for name in [QMP_SOCKET, SERIAL_SOCKET, SCREEN] {
+        for name in [QMP_SOCKET, SERIAL_SOCKET, SCREEN, DEVICES] {
             match unlinkat(&directory, name, AtFlags::empty()) {
                 Ok(()) | Err(rustix::io::Errno::NOENT) => {}
                 Err(errno) => return Err(io("remove what an earlier machine left")(errno.into())),
@@ -108,6 +111,11 @@ impl RunDir {
 
     pub(crate) fn screen(&self) -> PathBuf {
         self.path.join(SCREEN)
+    }
+
+    /// Where QEMU writes its devices to, and reads them from.
+    pub(crate) fn devices(&self) -> PathBuf {
+        self.path.join(DEVICES)
     }
 
     pub(crate) fn log_path(&self) -> PathBuf {
@@ -147,16 +155,41 @@ impl RunDir {
 
     /// Takes the picture that QEMU wrote out of the directory.
     pub(crate) fn take_screen(&self, target: &Path) -> io::Result<()> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let picture = File::from(openat(&self.directory, SCREEN, flags, Mode::empty())?);
-        let metadata = picture.metadata()?;
-        if !metadata.is_file() || metadata.len() > SCREEN_LIMIT {
-            return Err(io::Error::other("QEMU left something else than a picture"));
-        }
+        let picture = self.open_left(SCREEN, SCREEN_LIMIT)?;
         let copied = io::copy(&mut io::Read::take(&picture, SCREEN_LIMIT), &mut File::create(target)?)?;
         tracing::trace!(copied, "took a picture of the screen");
         unlinkat(&self.directory, SCREEN, AtFlags::empty())?;
         Ok(())
+    }
+
+    /// Takes the devices that QEMU wrote out of the directory.
+    pub(crate) fn take_devices(&self) -> io::Result<Vec<u8>> {
+        let file = self.open_left(DEVICES, DEVICES_LIMIT)?;
+        let mut devices = Vec::new();
+        io::Read::read_to_end(&mut io::Read::take(&file, DEVICES_LIMIT), &mut devices)?;
+        unlinkat(&self.directory, DEVICES, AtFlags::empty())?;
+        Ok(devices)
+    }
+
+    /// Leaves devices for QEMU to read, which may run as `user`.
+    pub(crate) fn leave_devices(&self, devices: &[u8], user: Option<(u32, u32)>) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = File::from(openat(&self.directory, DEVICES, flags, Mode::RUSR)?);
+        if let Some((uid, gid)) = user {
+            fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        }
+        file.write_all_at(devices, 0)
+    }
+
+    /// Opens what QEMU left, if it is a plain file of a sensible length.
+    fn open_left(&self, name: &str, limit: u64) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(openat(&self.directory, name, flags, Mode::empty())?);
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.len() > limit {
+            return Err(io::Error::other(format!("QEMU left something else than \"{name}\"")));
+        }
+        Ok(file)
     }
 }
 

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
 };
@@ -31,6 +32,8 @@ pub(crate) struct Rights {
     pub parent_death_kill: bool,
     /// Kept from the host's addresses.
     pub guard: Option<GuardPolicy>,
+    /// Whether its memory may be of huge pages; only a guard can refuse that.
+    pub huge_pages: bool,
 }
 
 /// Why a process was not started.
@@ -85,6 +88,9 @@ fn keep(mut child: Child, handle: Arc<OwnedFd>, started: oneshot::Sender<Result<
     if started.send(Ok(process)).is_err() {
         let _ = pidfd_send_signal(&*handle, Signal::KILL);
     }
+    // A wait for the child would also take its stops away from whoever traces it (see `memory::inject`).
+    let mut ended = [PollFd::new(&*handle, PollFlags::IN)];
+    while poll(&mut ended, None).is_err() {}
     let exit = match child.wait() {
         Ok(status) => RawExit { code: status.code(), signal: status.signal() },
         Err(error) => {
@@ -103,10 +109,11 @@ fn start(
 ) -> Result<(Child, OwnedFd), SpawnError> {
     let user = rights.user.map(|(uid, gid)| format!(" as user {uid}, group {gid}")).unwrap_or_default();
     let fail = |source: io::Error| SpawnError::Start { program: program.to_owned(), user: user.clone(), source };
-    let (child_end, guard) = match rights.guard.take().map(guard::prepare).transpose()? {
-        Some((child_end, guard)) => (Some(child_end), Some(guard)),
-        None => (None, None),
-    };
+    let (child_end, guard) =
+        match rights.guard.take().map(|policy| guard::prepare(policy, rights.huge_pages)).transpose()? {
+            Some((child_end, guard)) => (Some(child_end), Some(guard)),
+            None => (None, None),
+        };
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone().map_err(fail)?).stderr(log);
     // The environment may hold secrets of ours, and a group of its own keeps the terminal's Ctrl-C from the guest.

@@ -12,6 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::accelerator::Accelerator;
 use crate::arguments::{Paths, arguments, netdev_name};
+use crate::checkpoint::Resume;
 use crate::event::{Ending, Event, EventReceiver, Exit, RunState};
 use crate::forward;
 use crate::guard::{GuardError, GuardPolicy};
@@ -47,6 +48,8 @@ pub struct LaunchOptions {
     pub parent_death_kill: bool,
     /// Keeps the guest from the host's own addresses; `None` leaves them open to it.
     pub guard: Option<GuardPolicy>,
+    /// Goes on with a saved machine, the same as this one, in place of booting.
+    pub resume: Option<Resume>,
 }
 
 /// Why a machine does not run.
@@ -81,6 +84,12 @@ pub enum LaunchError {
         /// Where all of them are.
         log: PathBuf,
     },
+    /// QEMU took the devices, but the rest does not fit.
+    #[error("the saved machine does not fit this one: {reason}; boot it in place of going on")]
+    Resume {
+        /// What differs.
+        reason: String,
+    },
     /// QEMU runs, but does not answer.
     #[error(
         "the machine {machine:?} was started, but {reason}; it was killed; QEMU said: {stderr:?}; launch it again when the host is less busy"
@@ -109,6 +118,16 @@ pub enum VmError {
         /// Where it should lead.
         guest_port: u16,
         /// QEMU's own words.
+        reason: String,
+    },
+    /// The machine could not be saved, looked into or brought back.
+    #[error(
+        "could not {doing}: {reason}; check that this user may look into its own processes (ptrace_scope below 2) and that the disk has room"
+    )]
+    Memory {
+        /// What was attempted.
+        doing: &'static str,
+        /// Why not.
         reason: String,
     },
     /// The picture could not be stored.
@@ -143,13 +162,25 @@ impl Drop for Unfinished<'_> {
 }
 
 impl Vm {
-    /// Starts QEMU and returns when the guest runs.
+    /// Starts QEMU and returns when the guest runs. A machine that is gone on with is paused: it stands where it was saved.
     pub async fn launch(machine: &Machine, options: LaunchOptions) -> Result<(Vm, EventReceiver), LaunchError> {
         machine.validate()?;
         let run_dir = RunDir::prepare(&options.run_dir, options.user)?;
         let (qmp_socket, serial_socket, serial_log) =
             (run_dir.qmp_socket(), run_dir.serial_socket(), run_dir.serial_log());
-        let paths = Paths { qmp_socket: &qmp_socket, serial_socket: &serial_socket, serial_log: &serial_log };
+        let devices = run_dir.devices();
+        if let Some(resume) = &options.resume {
+            let left = run_dir.leave_devices(&resume.state.devices, options.user);
+            left.map_err(|error| LaunchError::Spawn {
+                reason: format!("could not hand over the saved devices: {error}"),
+            })?;
+        }
+        let paths = Paths {
+            qmp_socket: &qmp_socket,
+            serial_socket: &serial_socket,
+            serial_log: &serial_log,
+            resume: options.resume.as_ref().map(|resume| (&*resume.memory, &*devices)),
+        };
         let arguments = arguments(machine, &options.accelerator, options.seccomp, paths);
         tracing::debug!(machine = machine.name, ?arguments, "starting QEMU");
         let log = run_dir
@@ -167,6 +198,10 @@ impl Vm {
         let (ending_sender, ending) = watch::channel((Ending::NotSaid, false));
         tokio::spawn(pump(raw_events, sender, ending_sender));
         let vm = Vm { process, qmp, run_dir, was_killed: AtomicBool::new(false), ending, forwarding: Mutex::new(()) };
+        if let Some(resume) = &options.resume {
+            let _ = std::fs::remove_file(devices);
+            vm.fill_blocks(&resume.state).await.map_err(|error| LaunchError::Resume { reason: error.to_string() })?;
+        }
         Ok((vm, events))
     }
 
@@ -271,13 +306,21 @@ impl Vm {
         Exit::new(exit.code, exit.signal, last_word, self.was_killed.load(Ordering::SeqCst), || self.run_dir.log_tail())
     }
 
+    pub(crate) fn run_dir(&self) -> &RunDir {
+        &self.run_dir
+    }
+
+    pub(crate) fn qmp(&self) -> &Client {
+        &self.qmp
+    }
+
     async fn command(&self, command: &str) -> Result<(), VmError> {
         self.qmp.execute(command, json!({})).await?;
         Ok(())
     }
 
     /// A command of the monitor for people, for what QMP does not have; returns the text it prints.
-    async fn monitor(&self, line: &str) -> Result<String, VmError> {
+    pub(crate) async fn monitor(&self, line: &str) -> Result<String, VmError> {
         let answer = self.qmp.execute("human-monitor-command", json!({ "command-line": line })).await?;
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }
@@ -299,6 +342,7 @@ impl LaunchOptions {
             extra_group: if self.accelerator == Accelerator::Kvm { kvm_group() } else { None },
             parent_death_kill: self.parent_death_kill,
             guard: self.guard.clone(),
+            huge_pages: self.resume.is_none(),
         }
     }
 }

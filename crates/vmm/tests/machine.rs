@@ -70,6 +70,7 @@ impl Bench {
             seccomp: true,
             parent_death_kill: true,
             guard: Some(GuardPolicy::default()),
+            resume: None,
         };
         Bench { temp, machine, options }
     }

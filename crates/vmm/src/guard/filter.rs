@@ -20,8 +20,9 @@ const JUMP_BITS: u16 = (libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K) as u16;
 const AND: u16 = (libc::BPF_ALU | libc::BPF_AND | libc::BPF_K) as u16;
 const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
 
-/// The whole program. Memory advice (MADV_HUGEPAGE while pages still arrive) has its place here as one more block.
-pub(super) fn program() -> Vec<sock_filter> {
+/// The whole program. Without `huge_pages` the advice to use them is answered with success and not followed: where memory
+/// arrives page by page, one touch would fetch a megabyte.
+pub(super) fn program(huge_pages: bool) -> Vec<sock_filter> {
     let mut program = vec![
         load(OFFSET_ARCH),
         jump(JUMP_EQUAL, AUDIT_ARCH, 1, 0),
@@ -49,6 +50,11 @@ pub(super) fn program() -> Vec<sock_filter> {
     // Borrowing the sockets or the memory of another process of the same user, such as the supervisor.
     for number in [libc::SYS_ptrace, libc::SYS_process_vm_readv, libc::SYS_process_vm_writev, libc::SYS_pidfd_getfd] {
         call(number, &[refuse(Errno::PERM)]);
+    }
+    if !huge_pages {
+        let advice = libc::MADV_HUGEPAGE as u32;
+        let body = [load(low_half(2)), jump(JUMP_EQUAL, advice, 0, 1), answer(libc::SECCOMP_RET_ERRNO), answer(ALLOW)];
+        call(libc::SYS_madvise, &body);
     }
     program.push(answer(ALLOW));
     program
@@ -137,7 +143,7 @@ mod tests {
         data.extend(arch.to_le_bytes());
         data.extend([0; 8]);
         arguments.iter().for_each(|argument| data.extend(argument.to_le_bytes()));
-        let program = program();
+        let program = program(false);
         let (mut at, mut value) = (0, 0u32);
         loop {
             let instruction = program[at];
@@ -173,7 +179,14 @@ mod tests {
         assert_eq!(call(libc::SYS_sendto, [3, 1, 1, 0, 0x1000, 16]), ASK);
         assert_eq!(call(libc::SYS_sendto, [3, 1, 1, 0, 0x7f00_0000_0000, 16]), ASK);
         assert_eq!(call(libc::SYS_read, [0; 6]), ALLOW);
-        assert_eq!(call(libc::SYS_madvise, [0, 4096, 14, 0, 0, 0]), ALLOW);
+    }
+
+    #[test]
+    fn huge_pages_are_not_taken_where_pages_still_arrive() {
+        let advise = |advice: i32| call(libc::SYS_madvise, [0, 4096, advice as u64, 0, 0, 0]);
+        assert_eq!(advise(libc::MADV_HUGEPAGE), libc::SECCOMP_RET_ERRNO, "success, without doing it");
+        assert_eq!(advise(libc::MADV_DONTNEED), ALLOW);
+        assert!(program(true).len() < program(false).len());
     }
 
     #[test]

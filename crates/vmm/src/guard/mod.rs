@@ -54,8 +54,9 @@ pub(crate) struct Guard {
     outcome: mpsc::Receiver<Result<(), GuardError>>,
 }
 
-/// Starts the thread that waits for the child's listener and then serves it until the child is gone.
-pub(crate) fn prepare(policy: GuardPolicy) -> Result<(ChildEnd, Guard), GuardError> {
+/// Starts the thread that waits for the child's listener and then serves it until the child is gone. Without `huge_pages`
+/// the child gets none, see [`filter`].
+pub(crate) fn prepare(policy: GuardPolicy, huge_pages: bool) -> Result<(ChildEnd, Guard), GuardError> {
     let fail = |doing| move |source| GuardError { doing, source };
     let (ours, line) = UnixStream::pair().map_err(fail("making a socket pair"))?;
     let (sender, outcome) = mpsc::channel();
@@ -68,7 +69,7 @@ pub(crate) fn prepare(policy: GuardPolicy) -> Result<(ChildEnd, Guard), GuardErr
         }
     };
     std::thread::Builder::new().name("vm-guard".into()).spawn(serve).map_err(fail("starting a thread"))?;
-    Ok((ChildEnd { line, program: filter::program() }, Guard { outcome }))
+    Ok((ChildEnd { line, program: filter::program(huge_pages) }, Guard { outcome }))
 }
 
 impl ChildEnd {

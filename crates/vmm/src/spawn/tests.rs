@@ -42,6 +42,7 @@ async fn the_user_is_changed_with_all_groups() {
         extra_group: Some(60003),
         parent_death_kill: true,
         guard: Some(GuardPolicy::default()),
+        huge_pages: true,
     };
     let script = "grep -E '^(Uid|Gid|Groups|Seccomp):' /proc/self/status";
     let (_, text) = run(Path::new("/bin/sh"), &["-c", script], rights).await;

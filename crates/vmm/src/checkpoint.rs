@@ -1,0 +1,80 @@
+//! Saving a machine that stands still, and bringing it back: devices by QEMU, memory from outside.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use crate::memory::{self, GuestMemory};
+use crate::state::{MachineState, RamBlock, parse_blocks};
+use crate::vm::{Vm, VmError};
+
+/// The guest's memory, by its name in QEMU.
+pub(crate) const RAM: &str = "ram";
+
+/// A machine to be brought back in place of being booted.
+#[derive(Debug, Clone)]
+pub struct Resume {
+    /// Its memory: a file as long as the memory, or longer, that is never written to.
+    pub memory: PathBuf,
+    /// The rest of it, of the same instant.
+    pub state: MachineState,
+}
+
+impl Vm {
+    /// The guest's memory. To be called once for each machine.
+    pub async fn memory(&self) -> Result<GuestMemory, VmError> {
+        let failed = |reason: String| VmError::Memory { doing: "look into the guest's memory", reason };
+        let blocks = self.blocks().await?;
+        let ram =
+            blocks.iter().find(|block| block.name == RAM).ok_or_else(|| failed("QEMU does not list it".into()))?;
+        let (process, start, size) = (self.pid(), ram.address, ram.used);
+        // It waits for the process to stop for a moment.
+        let attached = tokio::task::spawn_blocking(move || GuestMemory::attach(process, start, size)).await;
+        attached.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))
+    }
+
+    /// Saves everything but memory and disks; the machine must be paused, and stays so.
+    pub async fn save_state(&self) -> Result<MachineState, VmError> {
+        let failed = |reason: String| VmError::Memory { doing: "save the devices", reason };
+        let path = self.run_dir().devices();
+        let arguments = json!({ "filename": path.to_string_lossy(), "live": false });
+        self.qmp().execute("xen-save-devices-state", arguments).await?;
+        let devices = self.run_dir().take_devices().map_err(|e| failed(e.to_string()))?;
+        let mut blocks = Vec::new();
+        for RamBlock { name, used, address } in self.blocks().await? {
+            if name != RAM {
+                let content = memory::read_at(self.pid(), address, used as usize);
+                blocks.push((name, content.map_err(|e| failed(e.to_string()))?));
+            }
+        }
+        Ok(MachineState { devices, blocks })
+    }
+
+    /// Puts the small memories in place; the machine has not run yet.
+    pub(crate) async fn fill_blocks(&self, state: &MachineState) -> Result<(), VmError> {
+        let failed = |reason: String| VmError::Memory { doing: "bring the machine back", reason };
+        let mut there = self.blocks().await?;
+        there.retain(|block| block.name != RAM);
+        for (name, content) in &state.blocks {
+            let block = there.iter().position(|block| block.name == *name && block.used == content.len() as u64);
+            let block = block.map(|at| there.swap_remove(at));
+            let block = block.ok_or_else(|| failed(format!("it had the memory \"{name}\", and this one has not")))?;
+            memory::write_at(self.pid(), block.address, content).map_err(|e| failed(e.to_string()))?;
+        }
+        match there.first() {
+            None => Ok(()),
+            Some(block) => Err(failed(format!("this machine has the memory \"{}\", and that one had not", block.name))),
+        }
+    }
+
+    /// Tells the network where the guest is now: its switches may have learnt another place.
+    pub async fn announce(&self) -> Result<(), VmError> {
+        let times = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+        self.qmp().execute("announce-self", times).await?;
+        Ok(())
+    }
+
+    async fn blocks(&self) -> Result<Vec<RamBlock>, VmError> {
+        Ok(parse_blocks(&self.monitor("info ramblock").await?))
+    }
+}
