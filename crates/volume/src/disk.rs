@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use collective_store::BLOCK;
 use collective_store::fetch::{FetchError, FrameStore};
@@ -36,7 +36,13 @@ pub struct Disk {
     size: u64,
     image: Option<Arc<ImageMap>>,
     store: Arc<FrameStore>,
-    layers: Vec<Layer>,
+    /// The last one takes the writes, unless the disk is frozen. Changed only with `settling` held alone.
+    layers: RwLock<Vec<Arc<Layer>>>,
+    /// The number of layers.
+    top: AtomicU8,
+    /// Layers from here on took writes since the disk was opened.
+    written: usize,
+    frozen: bool,
     /// For each block the number of layers up to and with the one that holds it; 0: the image.
     owner: Vec<AtomicU8>,
     /// Blocks with an owner other than the image.
@@ -60,6 +66,20 @@ fn unreadable(error: &FetchError) -> io::Error {
 }
 
 impl Disk {
+    /// Opens a disk of `size` bytes that is never written to, such as a saved memory.
+    pub fn open_frozen(
+        size: u64,
+        image: Option<Arc<ImageMap>>,
+        store: Arc<FrameStore>,
+        layers: &[PathBuf],
+    ) -> Result<Self, DiskError> {
+        if layers.len() > MAX_LAYERS {
+            return Err(DiskError::Layers(layers.len()));
+        }
+        let layers = layers.iter().map(|path| Layer::open(path, size, false)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { frozen: true, ..Self::over(size, image, store, layers) })
+    }
+
     /// Opens a disk of `size` bytes: `image` under `layers`, oldest first; the last one takes the writes.
     pub fn open(
         size: u64,
@@ -88,7 +108,40 @@ impl Disk {
         }
         let recorder = Recorder::new(owner.len() as u64);
         let own = AtomicU64::new(own);
-        Self { size, image, store, layers, owner, own, recorder, settling: RwLock::new(()) }
+        let top = AtomicU8::new(layers.len() as u8);
+        let written = layers.len().saturating_sub(1);
+        let layers = RwLock::new(layers.into_iter().map(Arc::new).collect());
+        Self {
+            size,
+            image,
+            store,
+            layers,
+            top,
+            written,
+            frozen: false,
+            owner,
+            own,
+            recorder,
+            settling: RwLock::new(()),
+        }
+    }
+
+    /// Keeps what the disk is now: from here on `next`, an empty layer, takes the writes. What the old layers got is
+    /// durable after the next [`flush`](Self::flush).
+    pub fn freeze(&self, next: Layer) -> Result<(), DiskError> {
+        let _alone = self.alone();
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        if self.frozen || layers.len() == MAX_LAYERS {
+            return Err(DiskError::Layers(layers.len() + 1));
+        }
+        layers.push(Arc::new(next));
+        self.top.store(layers.len() as u8, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether it is never written to.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
     }
 
     /// In bytes.
@@ -112,7 +165,11 @@ impl Disk {
     }
 
     fn top(&self) -> u8 {
-        self.layers.len() as u8
+        self.top.load(Ordering::Acquire)
+    }
+
+    fn layer(&self, index: usize) -> Arc<Layer> {
+        self.layers.read().unwrap_or_else(PoisonError::into_inner)[index].clone()
     }
 
     fn owner(&self, block: u64) -> u8 {
@@ -167,7 +224,7 @@ impl Disk {
             let part = &mut out[done..done + count];
             match piece {
                 Piece::Zeros => {}
-                Piece::Layer(layer) => self.layers[layer].read(at, part)?,
+                Piece::Layer(layer) => self.layer(layer).read(at, part)?,
                 Piece::Frame { digest, length, from } => {
                     self.recorder.note(at / BLOCK..(at + count as u64).div_ceil(BLOCK));
                     if !self.store.read_at_hand(&digest, length, from, part).map_err(|e| unreadable(&e))? {
@@ -190,7 +247,7 @@ impl Disk {
             let part = &mut out[done..done + count];
             match piece {
                 Piece::Zeros => {}
-                Piece::Layer(layer) => self.layers[layer].read(at, part)?,
+                Piece::Layer(layer) => self.layer(layer).read(at, part)?,
                 Piece::Frame { digest, length, from } => {
                     self.recorder.note(at / BLOCK..(at + count as u64).div_ceil(BLOCK));
                     let frame = self.store.frame_patiently(&digest, length).await.map_err(|e| unreadable(&e))?;
@@ -203,6 +260,9 @@ impl Disk {
     }
 
     fn check(&self, offset: u64, length: u64) -> io::Result<()> {
+        if self.frozen {
+            return Err(rustix::io::Errno::ROFS.into());
+        }
         match offset.checked_add(length) {
             Some(end) if end <= self.size => Ok(()),
             // As a file that cannot grow says it; an error without a number would look like a broken disk.
@@ -213,20 +273,19 @@ impl Disk {
     /// Writes without waiting for the network; false where old content has to be fetched first.
     pub fn try_write(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
         self.check(offset, data.len() as u64)?;
-        if self.partial_blocks(offset, data.len() as u64).iter().any(|block| self.owner(*block) != self.top()) {
-            return Ok(false);
-        }
-        self.put(offset, data)?;
-        Ok(true)
+        self.put(offset, data)
     }
 
     /// Writes, fetching the rest of blocks that are written in part.
     pub async fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.check(offset, data.len() as u64)?;
-        for block in self.partial_blocks(offset, data.len() as u64) {
-            self.own_block(block).await?;
+        // A new layer may come in between.
+        while !self.put(offset, data)? {
+            for block in self.partial_blocks(offset, data.len() as u64) {
+                self.own_block(block).await?;
+            }
         }
-        self.put(offset, data)
+        Ok(())
     }
 
     /// Blocks that a write touches but does not cover; the disk's last block may be shorter.
@@ -248,7 +307,7 @@ impl Disk {
             return Ok(());
         }
         let old = self.read(block * BLOCK, BLOCK as usize).await?;
-        let _alone = self.settling.write().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.alone();
         // Another write may have taken the block while its old content was fetched.
         if self.owner(block) != self.top() {
             self.top_layer().write(block * BLOCK, &old)?;
@@ -257,23 +316,31 @@ impl Disk {
         Ok(())
     }
 
-    fn top_layer(&self) -> &Layer {
-        &self.layers[self.layers.len() - 1]
+    fn top_layer(&self) -> Arc<Layer> {
+        self.layer(usize::from(self.top()) - 1)
     }
 
     fn changing(&self) -> RwLockReadGuard<'_, ()> {
         self.settling.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.settling.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes into the top layer; false where that does not hold the rest of a block that is written in part.
+    fn put(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
         // Else a write of nothing inside a block would take that block without its content.
         if data.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let _changing = self.changing();
+        if self.partial_blocks(offset, data.len() as u64).iter().any(|block| self.owner(*block) != self.top()) {
+            return Ok(false);
+        }
         self.top_layer().write(offset, data)?;
         self.take(offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK));
-        Ok(())
+        Ok(true)
     }
 
     fn take(&self, blocks: Range<u64>) {
@@ -305,7 +372,8 @@ impl Disk {
 
     /// Makes everything written so far durable.
     pub fn flush(&self) -> io::Result<()> {
-        self.top_layer().flush()
+        let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner).clone();
+        layers.iter().skip(self.written).try_for_each(|layer| layer.flush())
     }
 }
 

@@ -227,7 +227,8 @@ impl Filesystem for Disks {
             // The kernel would take the file for larger from then on.
             return reply.error(Errno::EFBIG);
         }
-        if inside == 0 {
+        // A machine that frees memory punches holes into what it is mapped from. That stays as it is, for others.
+        if inside == 0 || disk.is_frozen() {
             return reply.ok();
         }
         self.runtime.spawn(async move {

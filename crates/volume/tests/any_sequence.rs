@@ -44,6 +44,8 @@ struct Rig {
     layers: Vec<PathBuf>,
     disk: Disk,
     model: Vec<u8>,
+    /// How many layers a state has that was kept, and what it was.
+    kept: Vec<(usize, Vec<u8>)>,
 }
 
 impl Rig {
@@ -59,7 +61,7 @@ impl Rig {
         };
         let layers = vec![new_layer(folder.path(), 0, size)];
         let disk = Disk::open(size as u64, image.clone(), store.clone(), &layers).unwrap();
-        Self { folder, store, image, layers, disk, model }
+        Self { folder, store, image, layers, disk, model, kept: Vec::new() }
     }
 
     fn span(&self, at: u16, length: usize, grain: usize) -> (usize, usize) {
@@ -100,8 +102,10 @@ impl Rig {
             Step::Flush => self.disk.flush().unwrap(),
             Step::Reopen => self.reopen(),
             Step::Freeze => {
+                self.kept.push((self.layers.len(), self.model.clone()));
                 self.layers.push(new_layer(self.folder.path(), self.layers.len(), self.model.len()));
-                self.reopen();
+                let next = Layer::open(&self.layers[self.layers.len() - 1], self.model.len() as u64, true).unwrap();
+                self.disk.freeze(next).unwrap();
             }
             Step::Grow(by) => {
                 self.model.resize(self.model.len() + by, 0);
@@ -122,6 +126,13 @@ impl Rig {
             "at the end, first at {:?}",
             found.iter().zip(&rig.model).position(|(a, b)| a != b)
         );
+        for (layers, content) in &rig.kept {
+            let kept =
+                Disk::open_frozen(content.len() as u64, rig.image.clone(), rig.store.clone(), &rig.layers[..*layers]);
+            let kept = kept.unwrap();
+            assert!(kept.read(0, content.len()).await.unwrap() == *content, "as it was under {layers} layers");
+            assert!(kept.try_write(0, &[1; 512]).is_err(), "what is kept is not written to");
+        }
     }
 }
 
@@ -180,6 +191,36 @@ fn beyond_the_end_is_refused_and_not_taken_for_a_broken_disk() {
         assert!(rig.disk.read(4608, 10).await.unwrap().is_empty());
         assert_eq!(rig.disk.read(4600, 100).await.unwrap().len(), 8);
         assert_eq!(rig.disk.own_bytes(), 0);
+    });
+}
+
+/// A new layer comes while the old content for the partial write is on its way.
+#[test]
+fn a_slow_partial_write_finds_the_new_layer() {
+    block_on(async {
+        let folder = tempfile::tempdir().unwrap();
+        let shelf = Arc::new(Shelf::default());
+        let store = store_of(&folder.path().join("cache"), &shelf).await;
+        let old = noise(4096, 1);
+        let image = image_of(&shelf, &store, &old).await;
+        let layers = [new_layer(folder.path(), 0, 4096), new_layer(folder.path(), 1, 4096)];
+        let disk = Arc::new(Disk::open(4096, Some(image.clone()), store.clone(), &layers[..1]).unwrap());
+        let before = shelf.reads.lock().unwrap().len();
+        shelf.permits.forget_permits(usize::MAX);
+        let partial = tokio::spawn({
+            let disk = disk.clone();
+            async move { disk.write(0, &[7; 512]).await }
+        });
+        while shelf.reads.lock().unwrap().len() == before {
+            tokio::task::yield_now().await;
+        }
+        disk.freeze(Layer::open(&layers[1], 4096, true).unwrap()).unwrap();
+        shelf.permits.add_permits(10);
+        partial.await.unwrap().unwrap();
+        assert_eq!(disk.read(0, 4096).await.unwrap(), [&[7; 512], &old[512..]].concat());
+        disk.flush().unwrap();
+        let kept = Disk::open_frozen(4096, Some(image), store, &layers[..1]).unwrap();
+        assert_eq!(kept.read(0, 4096).await.unwrap(), old, "what was kept is as it was");
     });
 }
 
