@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use collective_keys::{PublicKey, Signed};
 use collective_model::{
-    ApplianceName, BackupId, ByteSize, Digest, InstanceId, Name, Observed, Operation, OperationId, OperationState,
-    PublishedPort, Spec, Timestamp, TunnelId, VersionName,
+    ApplianceName, BackupId, ByteSize, CheckpointId, Digest, InstanceId, Name, Observed, Operation, OperationId,
+    OperationState, PublishedPort, Spec, Timestamp, TunnelId, VersionName,
 };
 use collective_store::PackInfo;
 use serde::{Deserialize, Serialize};
@@ -274,6 +274,32 @@ pub enum OperationRequest {
     Restore {
         /// Which; none: the newest of this instance.
         backup: Option<BackupId>,
+    },
+    /// Save the running machine and end it.
+    Suspend,
+    /// Go on with the machine that was saved.
+    Resume,
+    /// Keep what the instance is now, its running machine included.
+    Checkpoint {
+        /// In the user's words.
+        #[serde(default)]
+        why: Option<String>,
+    },
+    /// Put a checkpoint in place of the present, which is kept as a checkpoint.
+    GoBack {
+        /// Which.
+        to: CheckpointId,
+        /// Only disks go back, and the machine is booted.
+        #[serde(default)]
+        disks_only: bool,
+        /// Disks that stay as they are; only with `disks_only`.
+        #[serde(default)]
+        keep: Vec<Name>,
+    },
+    /// Forget a checkpoint.
+    Forget {
+        /// Which.
+        checkpoint: CheckpointId,
     },
     /// Remove.
     Delete {

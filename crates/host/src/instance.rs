@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use collective_model::run::{EndKind, Phase, Request, RunEnd, RunStatus};
-use collective_model::{Name, Operation, OperationKind, OperationState, Spec, State, Timestamp, Trigger};
+use collective_model::{Name, Operation, OperationKind, OperationState, Spec, State, Trigger};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -116,8 +116,19 @@ impl Instance {
     /// After a start of the daemon: adopt the runner, or find out what its death left.
     async fn wake_up(&mut self) {
         self.observe().await;
+        if self.record.save.is_some() {
+            self.finish_save().await;
+        }
         if self.record.update.is_some() {
             self.finish_update().await;
+        } else if self.record.state == State::Restoring && self.record.suspended.is_some() {
+            // The machine to go on with is in place.
+            self.set_state(State::Suspended);
+            if self.record.spec.on {
+                self.resume_or_log().await;
+            }
+        } else if self.record.state == State::Resuming && self.record.runner_pid.is_none() {
+            self.set_state(State::Suspended);
         } else if self.record.state == State::Updating || self.record.state == State::Restoring {
             // Before the point of no return: nothing has changed, and the order comes again.
             self.set_state(if self.status.is_some() { State::Running } else { State::Stopped });
@@ -153,6 +164,8 @@ impl Instance {
                 self.crashes = 0;
                 self.start(true).await;
             }
+            (true, State::Suspended) => self.resume_or_log().await,
+            (false, State::Suspended) => self.discard_suspended(),
             (false, state) if state.is_live() || state == State::Failed => self.stop(STOP_LIMIT).await,
             _ => {}
         }
@@ -168,6 +181,11 @@ impl Instance {
         }
         let id = operation.id.clone();
         let result = match operation.kind {
+            OperationKind::Update { .. } | OperationKind::Rollback { .. } | OperationKind::Restart
+                if self.record.state == State::Suspended =>
+            {
+                Err("it is suspended; resume it first, or stop it, which gives its memory up".into())
+            }
             OperationKind::Plan { to } => self.plan(to).await,
             OperationKind::Update { to } => self.update(&id, to).await,
             OperationKind::Rollback { with_data } => self.roll_back(&id, with_data).await,
@@ -176,6 +194,11 @@ impl Instance {
             OperationKind::Logs { lines } => self.logs(lines),
             OperationKind::Backup => self.back_up(&id).await,
             OperationKind::Restore { backup } => self.restore_backup(&id, &backup).await,
+            OperationKind::Suspend => self.suspend(&id).await,
+            OperationKind::Resume => self.go_on().await,
+            OperationKind::Checkpoint { why } => self.keep_present(&id, why).await,
+            OperationKind::GoBack { to, disks_only, keep } => self.go_back(&id, to, disks_only, &keep).await,
+            OperationKind::Forget { checkpoint } => self.forget(checkpoint),
             OperationKind::Delete { data } => self.delete(data).await,
         };
         let state = match result {
@@ -236,10 +259,8 @@ impl Instance {
                 let alive =
                     self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &self.run_dir.to_string_lossy()));
                 if !alive {
-                    let end = link::end(&self.run_dir).unwrap_or_else(|| RunEnd {
-                        kind: EndKind::Crashed,
-                        message: "the runner or the host died: a power cut to the guest".into(),
-                        at: Timestamp::now(),
+                    let end = link::end(&self.run_dir).unwrap_or_else(|| {
+                        RunEnd::now(EndKind::Crashed, "the runner or the host died: a power cut to the guest")
                     });
                     self.ended(end).await;
                 }
@@ -256,6 +277,7 @@ impl Instance {
         }
         let state = self.record.state;
         match (state, status.phase, &status.paused) {
+            (State::Resuming, Phase::Running, _) => self.went_on(),
             (State::Starting, Phase::Running, None) => {
                 self.trigger(Trigger::Up);
                 let how = status.accelerator.clone().unwrap_or_default();
@@ -301,8 +323,14 @@ impl Instance {
                 self.set_state(State::Stopped);
                 self.event("stopped", end.message);
             }
+            EndKind::NotStarted | EndKind::Crashed if state == State::Resuming => {
+                // What was saved is as it was.
+                self.record.last_error = Some(format!("it could not go on: {}", end.message));
+                self.set_state(State::Suspended);
+            }
             EndKind::NotStarted => self.give_up(format!("cannot start: {}", end.message)),
             EndKind::Crashed => self.crashed(end.message),
+            EndKind::Suspended => self.suspended(end.saved),
         }
     }
 

@@ -14,6 +14,7 @@ mod link;
 mod private;
 mod record;
 mod report;
+mod saving;
 mod seed;
 mod start;
 mod tunnel;

@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 
 use collective_model::run::RunImage;
 use collective_model::{
-    Checkpoint, CheckpointId, Digest, Disk, DiskRole, Manifest, Name, OperationId, OperationState, Spec, State,
-    SystemWrites, Timestamp, VersionName,
+    Checkpoint, CheckpointId, CheckpointMachine, Digest, Disk, DiskRole, Manifest, Name, OperationId, OperationState,
+    Spec, State, SystemWrites, Timestamp, VersionName,
 };
 use serde::{Deserialize, Serialize};
 
 /// Finished operations that are remembered, so that a repeated order is answered and not carried out again.
 const REMEMBERED: usize = 32;
 /// Checkpoints that are kept.
-const KEPT_CHECKPOINTS: usize = 10;
+const KEPT_CHECKPOINTS: usize = 32;
 
 /// Everything about an instance on this host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +35,15 @@ pub struct Record {
     pub checkpoints: Vec<CheckpointRecord>,
     /// An update whose outcome is open.
     pub update: Option<UpdateJournal>,
+    /// The machine that was saved, while the instance is suspended or about to go on.
+    #[serde(default)]
+    pub suspended: Option<SuspendedRecord>,
+    /// Layers of memory that the present machine went on with.
+    #[serde(default)]
+    pub memory: Vec<u64>,
+    /// An order to save the machine whose outcome is open.
+    #[serde(default)]
+    pub save: Option<SaveJournal>,
     /// Finished operations.
     pub done: Vec<(OperationId, OperationState)>,
     /// Layers that no run has created yet; any other that is missing is damage.
@@ -85,6 +94,46 @@ pub struct CheckpointRecord {
     pub before_update: bool,
     /// The disks as they were; all layers in it are frozen.
     pub disks: Vec<DiskRecord>,
+    /// The machine that ran on them at that instant.
+    #[serde(default)]
+    pub machine: Option<MachineRecord>,
+}
+
+/// A machine that stands still, and its disks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SuspendedRecord {
+    /// Memory and devices.
+    pub machine: MachineRecord,
+    /// The disks as they were; all layers in it are frozen.
+    pub disks: Vec<DiskRecord>,
+}
+
+/// Memory and devices of one instant.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineRecord {
+    /// Layers of its memory, oldest first. The file with the rest has the number of the last one.
+    pub memory: Vec<u64>,
+    /// That file's digest.
+    pub digest: Digest,
+    /// MiB of memory.
+    pub memory_mib: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// What users see of it.
+    pub info: CheckpointMachine,
+}
+
+/// An order to save the machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SaveJournal {
+    /// The order it is part of.
+    pub operation: OperationId,
+    /// The layer of memory, which also names the order to the runner.
+    pub number: u64,
+    /// Why, in the timeline; none: it ends the machine.
+    pub why: Option<String>,
+    /// The disks as they are at that instant; the present ones have a new layer each.
+    pub disks: Vec<DiskRecord>,
 }
 
 /// An update between its point of no return and its outcome.
@@ -111,6 +160,9 @@ impl Record {
             disks: Vec::new(),
             checkpoints: Vec::new(),
             update: None,
+            suspended: None,
+            memory: Vec::new(),
+            save: None,
             done: Vec::new(),
             fresh: BTreeSet::new(),
             next_layer: 1,
@@ -148,10 +200,42 @@ impl Record {
         layer
     }
 
-    /// Whether a checkpoint holds this layer.
+    /// Disks that are kept as they are.
+    fn kept_disks(&self) -> impl Iterator<Item = &DiskRecord> {
+        let suspended = self.suspended.iter().flat_map(|suspended| &suspended.disks);
+        let saving = self.save.iter().flat_map(|save| &save.disks);
+        self.checkpoints.iter().flat_map(|checkpoint| &checkpoint.disks).chain(suspended).chain(saving)
+    }
+
+    /// Whether something keeps this layer as it is.
     fn is_frozen(&self, layer: u64) -> bool {
-        let mut held = self.checkpoints.iter().flat_map(|checkpoint| &checkpoint.disks);
-        held.any(|disk| disk.layers.contains(&layer))
+        self.kept_disks().any(|disk| disk.layers.contains(&layer))
+    }
+
+    /// A new layer on each disk; they are created by whoever is told of them.
+    pub fn push_layers(&mut self) -> Vec<u64> {
+        let first = self.next_layer;
+        self.next_layer += self.disks.len() as u64;
+        let new: Vec<u64> = (first..self.next_layer).collect();
+        self.disks.iter_mut().zip(&new).for_each(|(disk, layer)| disk.layers.push(*layer));
+        new
+    }
+
+    /// Takes layers away that nobody created.
+    pub fn drop_layers(&mut self, is_there: &dyn Fn(u64) -> bool, among: &[u64]) {
+        for disk in &mut self.disks {
+            disk.layers.retain(|layer| !among.contains(layer) || is_there(*layer));
+        }
+    }
+
+    /// The disks of the saved machine, each under a new layer.
+    pub fn prepare_resume(&mut self) {
+        let Some(suspended) = &self.suspended else { return };
+        self.disks = suspended.disks.clone();
+        for index in 0..self.disks.len() {
+            let layer = self.new_layer();
+            self.disks[index].layers.push(layer);
+        }
     }
 
     /// Disks for a version: its system disks anew, data disks as they are or created, in the version's order.
@@ -225,13 +309,42 @@ impl Record {
             version: self.version,
             version_name: self.version_name(),
             own_bytes: layers.map(|layer| own_bytes(*layer)).sum(),
+            machine: None,
         };
-        self.checkpoints.push(CheckpointRecord { info, before_update, disks: self.disks.clone() });
+        self.keep(CheckpointRecord { info, before_update, disks: self.disks.clone(), machine: None });
+        id
+    }
+
+    /// Adds a checkpoint; the oldest go, if there are too many.
+    fn keep(&mut self, checkpoint: CheckpointRecord) {
+        self.checkpoints.push(checkpoint);
         let journaled = self.update.as_ref().map(|update| update.before);
         while self.checkpoints.len() > KEPT_CHECKPOINTS {
             let Some(oldest) = self.checkpoints.iter().position(|old| Some(old.info.id) != journaled) else { break };
             self.checkpoints.remove(oldest);
         }
+    }
+
+    /// Keeps a machine that was saved, with the disks of that instant.
+    pub fn keep_machine(
+        &mut self,
+        why: String,
+        disks: Vec<DiskRecord>,
+        machine: MachineRecord,
+        own_bytes: u64,
+    ) -> CheckpointId {
+        let id = CheckpointId(self.next_checkpoint);
+        self.next_checkpoint += 1;
+        let info = Checkpoint {
+            id,
+            taken: Timestamp::now(),
+            why,
+            version: self.version,
+            version_name: self.version_name(),
+            own_bytes,
+            machine: Some(machine.info.clone()),
+        };
+        self.keep(CheckpointRecord { info, before_update: false, disks, machine: Some(machine) });
         id
     }
 
@@ -263,8 +376,11 @@ impl Record {
 
     /// All layers that something holds.
     pub fn held_layers(&self) -> BTreeSet<u64> {
-        let kept = self.checkpoints.iter().flat_map(|checkpoint| &checkpoint.disks);
-        self.disks.iter().chain(kept).flat_map(|disk| disk.layers.iter().copied()).collect()
+        let disks = self.disks.iter().chain(self.kept_disks()).flat_map(|disk| &disk.layers);
+        let machines = self.checkpoints.iter().filter_map(|checkpoint| checkpoint.machine.as_ref());
+        let machines = machines.chain(self.suspended.as_ref().map(|suspended| &suspended.machine));
+        let memory = machines.flat_map(|machine| &machine.memory).chain(&self.memory);
+        disks.chain(memory).copied().chain(self.save.as_ref().map(|save| save.number)).collect()
     }
 
     /// The outcome of an operation that was carried out before.
@@ -279,6 +395,11 @@ impl Record {
         let excess = self.done.len().saturating_sub(REMEMBERED);
         self.done.drain(..excess);
     }
+}
+
+/// Where the rest of a machine is whose memory ends with this layer.
+pub fn state_path(folder: &Path, layer: u64) -> PathBuf {
+    folder.join("layers").join(format!("{layer}.state"))
 }
 
 /// Where a layer is.

@@ -126,6 +126,8 @@ impl Instance {
             last_stop: record.last_stop.clone(),
             power_serial: record.power_serial,
             checkpoints: record.checkpoints.iter().map(|checkpoint| checkpoint.info.clone()).collect(),
+            suspended: record.suspended.as_ref().map(|suspended| suspended.machine.info.clone()),
+            resumed: status.resumed,
             observed_at: Timestamp::now(),
         }
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use collective_keys::SshKey;
 use collective_model::run::{PROTOCOL, RunConfig, RunDisk};
-use collective_model::{Digest, Firmware, Manifest, Timestamp};
+use collective_model::{Digest, Firmware, Manifest, State, Timestamp};
 use tokio::time::Instant;
 
 use crate::context::lock;
@@ -30,11 +30,21 @@ impl Instance {
         self.record.version_name = Some(manifest.version.clone());
         let memory = self.record.spec.memory.unwrap_or(manifest.hardware.memory);
         check_memory(memory.0)?;
-        self.record.prepare_start();
+        let resume = self.record.state == State::Resuming;
+        if resume {
+            self.record.prepare_resume();
+        } else {
+            self.record.memory.clear();
+            self.record.prepare_start();
+        }
         self.drop_unheld_layers().map_err(|e| format!("cannot tidy its layers: {e}"))?;
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         self.note_images();
-        let config = self.run_config(&manifest, ordered, open_ports).map_err(|e| format!("cannot prepare it: {e}"))?;
+        let mut config =
+            self.run_config(&manifest, ordered, open_ports).map_err(|e| format!("cannot prepare it: {e}"))?;
+        if resume {
+            self.resume_config(&mut config)?;
+        }
         let key = self.ssh_host_key().map_err(|e| format!("cannot make its SSH host key: {e}"))?;
         seed::write(&config.seed, &self.record.spec, &manifest, &key)
             .map_err(|e| format!("cannot write its seed disk: {e}"))?;
@@ -74,7 +84,7 @@ impl Instance {
         write_json(&self.run_dir.join("run.json"), &config).map_err(|e| format!("cannot write run.json: {e}"))
     }
 
-    fn drop_unheld_layers(&self) -> std::io::Result<()> {
+    pub(crate) fn drop_unheld_layers(&self) -> std::io::Result<()> {
         let held = self.record.held_layers();
         for entry in std::fs::read_dir(self.folder.join("layers"))? {
             let path = entry?.path();
@@ -128,6 +138,7 @@ impl Instance {
             user: user.map(|user| (user, user)),
             cache: self.context.config.data.join("cache"),
             credentials: self.context.config.credentials.clone(),
+            resume: None,
         })
     }
 

@@ -218,6 +218,29 @@ pub enum OperationKind {
         /// Which, of this instance or another.
         backup: BackupId,
     },
+    /// Save the running machine and end it.
+    Suspend,
+    /// Go on with the machine that was saved.
+    Resume,
+    /// Keep what the instance is now, its running machine included.
+    Checkpoint {
+        /// In the user's words.
+        why: Option<String>,
+    },
+    /// Put a checkpoint in place of the present, which is kept as a checkpoint.
+    GoBack {
+        /// Which.
+        to: CheckpointId,
+        /// Only disks go back, and the machine is booted.
+        disks_only: bool,
+        /// Disks that stay as they are; only with `disks_only`.
+        keep: Vec<Name>,
+    },
+    /// Forget a checkpoint.
+    Forget {
+        /// Which.
+        checkpoint: CheckpointId,
+    },
     /// Remove the instance from the host.
     Delete {
         /// Whether its data disks go as well.
@@ -237,6 +260,11 @@ impl OperationKind {
             Self::Logs { .. } => "logs",
             Self::Backup => "backup",
             Self::Restore { .. } => "restore",
+            Self::Suspend => "suspend",
+            Self::Resume => "resume",
+            Self::Checkpoint { .. } => "checkpoint",
+            Self::GoBack { .. } => "restore",
+            Self::Forget { .. } => "forget",
             Self::Delete { .. } => "delete",
         }
     }
@@ -325,6 +353,12 @@ pub struct Observed {
     pub power_serial: u64,
     /// Checkpoints on the host, oldest first.
     pub checkpoints: Vec<Checkpoint>,
+    /// The machine that was saved, while it is suspended.
+    #[serde(default)]
+    pub suspended: Option<CheckpointMachine>,
+    /// Whether the running machine went on with a saved one.
+    #[serde(default)]
+    pub resumed: bool,
     /// When the host saw this.
     pub observed_at: Timestamp,
 }
@@ -357,6 +391,20 @@ pub struct Checkpoint {
     pub version_name: VersionName,
     /// Bytes of the instance's own that it keeps.
     pub own_bytes: u64,
+    /// Its running machine, if it has that.
+    #[serde(default)]
+    pub machine: Option<CheckpointMachine>,
+}
+
+/// The running machine of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointMachine {
+    /// Bytes of memory and devices that it added to what was kept before.
+    pub bytes: u64,
+    /// For how long the guest stood still for it, in microseconds; none: it was suspended.
+    pub pause_us: Option<u64>,
+    /// What it goes on with: only there.
+    pub platform: crate::run::Platform,
 }
 
 #[cfg(test)]

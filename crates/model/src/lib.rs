@@ -21,8 +21,8 @@ mod update;
 pub use digest::{Digest, ParseDigestError};
 pub use health::{HealthCheck, HealthState, HttpProbe};
 pub use instance::{
-    BackupId, Checkpoint, CheckpointId, Generation, InstanceId, Observed, ObservedDisk, Operation, OperationId,
-    OperationKind, OperationState, PublishedPort, Spec, TunnelId,
+    BackupId, Checkpoint, CheckpointId, CheckpointMachine, Generation, InstanceId, Observed, ObservedDisk, Operation,
+    OperationId, OperationKind, OperationState, PublishedPort, Spec, TunnelId,
 };
 pub use lifecycle::{State, Trigger};
 pub use manifest::{

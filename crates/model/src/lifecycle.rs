@@ -6,9 +6,9 @@
 //!      ^                  |  ^            |  |  \
 //!      |  down            |  |crash,retry |  |   `-- suspend --> suspending --> suspended --> resuming --> running
 //!      +---- stopping <---+--+------------+  |
-//!      |                     |               | update
-//!      |        updating <---+---------------+        (updating ends in running, stopped or failed)
-//!      |        moving, restoring: the same shape as updating
+//!      |                     |               | update        (a suspend that fails goes on running; a resume that
+//!      |        updating <---+---------------+                fails is suspended still; updating ends in running,
+//!      |        moving, restoring: the same shape               stopped or failed)
 //!      |
 //!      +-- failed (start again, or delete)            any --> deleting
 //! ```
@@ -93,11 +93,11 @@ impl State {
         Some(match (self, trigger) {
             (Deleting, _) => return None,
             (_, T::Delete) => Deleting,
-            (Stopped | Failed, T::Start) => Starting,
+            (Stopped | Failed | Restoring, T::Start) => Starting,
             (Starting | Resuming | Updating | Restoring | Moving, T::Up) => Running,
-            (Starting | Running | Paused | Updating | Failed, T::Stop) => Stopping,
+            (Starting | Running | Paused | Updating | Suspended | Failed, T::Stop) => Stopping,
             (Starting | Running | Paused | Stopping | Updating | Restoring | Moving, T::Down) => Stopped,
-            (Starting | Running | Paused, T::Crash) => Starting,
+            (Starting | Running | Paused | Suspending, T::Crash) => Starting,
             (Starting | Running | Paused | Stopping | Updating | Restoring | Resuming | Moving, T::GiveUp) => Failed,
             (Running, T::Pause) => Paused,
             (Paused, T::Continue) => Running,
@@ -105,7 +105,9 @@ impl State {
             (Stopped | Running | Paused | Failed | Suspended, T::Restore) => Restoring,
             (Running | Paused, T::Suspend) => Suspending,
             (Suspending, T::Saved) => Suspended,
-            (Suspended, T::Resume) => Resuming,
+            (Suspending, T::Continue) => Running,
+            (Suspended | Restoring, T::Resume) => Resuming,
+            (Resuming, T::Crash) => Suspended,
             (Stopped | Running | Paused | Suspended, T::Move) => Moving,
             _ => return None,
         })

@@ -61,6 +61,88 @@ pub struct RunConfig {
     pub cache: PathBuf,
     /// How to reach the store, a file only the host's user can read.
     pub credentials: PathBuf,
+    /// Go on with this saved machine in place of booting.
+    #[serde(default)]
+    pub resume: Option<RunResume>,
+}
+
+/// A saved machine, on this host. Its disks are those of the run, each under a new layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunResume {
+    /// Layers of its memory, oldest first; never written to.
+    pub memory: Vec<PathBuf>,
+    /// The file with the rest of it.
+    pub state: PathBuf,
+    /// That file's digest: state and memory are of one instant, and useless apart.
+    pub digest: Digest,
+}
+
+/// Save the machine: memory, devices and disks of one instant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveOrder {
+    /// Names this order, for [`RunStatus::save`].
+    pub number: u64,
+    /// The layer of memory to create.
+    pub memory: PathBuf,
+    /// The file to create with the rest of the machine.
+    pub state: PathBuf,
+    /// New layers for the disks, in their order, which take the writes from that instant on. Empty: the machine ends when
+    /// it is saved.
+    pub tops: Vec<PathBuf>,
+}
+
+impl SaveOrder {
+    /// Whether the machine ends when it is saved.
+    pub fn ends(&self) -> bool {
+        self.tops.is_empty()
+    }
+}
+
+/// How an order to save is going.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveStatus {
+    /// Which order.
+    pub number: u64,
+    /// Bytes of memory written so far.
+    pub written: u64,
+    /// What came out, once it did.
+    pub outcome: Option<Result<Saved, String>>,
+}
+
+/// A machine that was saved; durable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// All layers of its memory, oldest first.
+    pub memory: Vec<PathBuf>,
+    /// The digest of the file with the rest of it.
+    pub digest: Digest,
+    /// Bytes of memory that this instant added.
+    pub memory_bytes: u64,
+    /// Bytes of the file with the rest.
+    pub state_bytes: u64,
+    /// For how long the guest stood still, in microseconds; none: it does not go on.
+    pub pause_us: Option<u64>,
+    /// What it ran on.
+    pub platform: Platform,
+    /// Why its whole memory has to be copied each time, if that is so.
+    pub untracked: Option<String>,
+}
+
+/// What a running machine depends on beside its own hardware: it goes on only where this is the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    /// QEMU's version.
+    pub qemu: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The processor that the guest sees.
+    pub cpu: String,
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "QEMU {} with {} and processor {}", self.qemu, self.accelerator, self.cpu)
+    }
 }
 
 /// One disk of a run.
@@ -113,6 +195,8 @@ pub enum Request {
     },
     /// Cut the power.
     PowerOff,
+    /// Begin to save the machine; how it goes is in the status.
+    Save(SaveOrder),
 }
 
 /// What a runner answers.
@@ -168,6 +252,12 @@ pub struct RunStatus {
     pub forwards: Vec<(u16, SocketAddr)>,
     /// Paused because the host's disk is full, or another device error.
     pub paused: Option<String>,
+    /// How the last order to save is going.
+    #[serde(default)]
+    pub save: Option<SaveStatus>,
+    /// Whether it went on with a saved machine.
+    #[serde(default)]
+    pub resumed: bool,
     /// How it ended, in [`Phase::Ended`].
     pub end: Option<RunEnd>,
 }
@@ -194,6 +284,16 @@ pub struct RunEnd {
     pub message: String,
     /// When.
     pub at: Timestamp,
+    /// The machine, in [`EndKind::Suspended`].
+    #[serde(default)]
+    pub saved: Option<Saved>,
+}
+
+impl RunEnd {
+    /// An end now.
+    pub fn now(kind: EndKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), at: Timestamp::now(), saved: None }
+    }
 }
 
 /// What ended a run.
@@ -210,6 +310,8 @@ pub enum EndKind {
     NotStarted,
     /// QEMU, the guest or the runner died.
     Crashed,
+    /// It was saved, and is durable.
+    Suspended,
 }
 
 #[cfg(test)]

@@ -274,6 +274,18 @@ impl Plane {
             OperationRequest::Restore { backup } => {
                 OperationKind::Restore { backup: self.backup_for(&row, backup).await? }
             }
+            OperationRequest::Suspend => OperationKind::Suspend,
+            OperationRequest::Resume => OperationKind::Resume,
+            OperationRequest::Checkpoint { why } => OperationKind::Checkpoint { why: checked_words(why)? },
+            OperationRequest::GoBack { to, disks_only, keep } => {
+                if !keep.is_empty() && !disks_only {
+                    return Err(Failure::invalid(
+                        "memory and all disks are of one instant and only go back together; to keep a disk, let only disks go back",
+                    ));
+                }
+                OperationKind::GoBack { to, disks_only, keep }
+            }
+            OperationRequest::Forget { checkpoint } => OperationKind::Forget { checkpoint },
             OperationRequest::Delete { data } => OperationKind::Delete { data },
         };
         self.insert_operation(&row.spec.id, kind).await
@@ -304,6 +316,16 @@ impl Plane {
         let found = self.database().operation(id).await?;
         let (operation, progress) = found.ok_or_else(|| Failure::missing("there is no such operation"))?;
         Ok(OperationView { operation, progress, revision })
+    }
+}
+
+/// A line for people, as the history shows it.
+fn checked_words(why: Option<String>) -> Answer<Option<String>> {
+    match why {
+        Some(why) if why.chars().count() > 100 || why.chars().any(char::is_control) => {
+            Err(Failure::invalid("the reason may have 100 characters, all of them printable"))
+        }
+        why => Ok(why.filter(|why| !why.trim().is_empty())),
     }
 }
 

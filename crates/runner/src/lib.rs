@@ -11,6 +11,7 @@ mod gate;
 mod machine;
 mod private;
 mod probe;
+mod save;
 mod send;
 mod serve;
 mod state;
@@ -18,14 +19,17 @@ mod state;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use collective_model::Name;
 use collective_model::run::{EndKind, PROTOCOL, RunConfig, RunEnd};
 use collective_model::run_private::PrivateNews;
-use collective_model::{Name, Timestamp};
 use collective_store::Source;
 use tokio::io::AsyncWrite;
 
 pub use private::OpenVault;
 pub use state::NotStarted;
+
+/// The file of the memory beside those of the disks; not a name that a disk can have.
+pub(crate) const MEMORY: &str = ".memory";
 
 /// Files of a runner's directory.
 #[derive(Clone, Debug)]
@@ -59,6 +63,10 @@ impl Layout {
     pub fn mount(&self) -> PathBuf {
         self.dir.join("v/d")
     }
+    /// The memory that the machine goes on with, in the mount.
+    pub fn memory(&self) -> PathBuf {
+        self.mount().join(MEMORY)
+    }
     /// QEMU's own files, the serial log among them.
     pub fn qemu(&self) -> PathBuf {
         self.dir.join("q")
@@ -73,7 +81,7 @@ pub async fn run(dir: &Path, open_source: &OpenSource) -> RunEnd {
     let layout = Layout { dir: dir.to_owned() };
     let end = match read_config(&layout) {
         Ok(config) => machine::run(&layout, config, open_source).await,
-        Err(message) => RunEnd { kind: EndKind::NotStarted, message, at: Timestamp::now() },
+        Err(message) => RunEnd::now(EndKind::NotStarted, message),
     };
     tracing::info!(kind = ?end.kind, message = end.message, "the run has ended");
     if let Err(error) = write_end(&layout, &end) {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd};
+use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd, SaveStatus, Saved};
 use collective_model::{Firmware, Timestamp};
 use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
@@ -17,8 +17,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::gate::Gate;
+use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
-use crate::{Layout, OpenSource, ahead, probe, serve};
+use crate::{Layout, MEMORY, OpenSource, ahead, probe, serve};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
@@ -34,7 +35,7 @@ pub(crate) async fn run(layout: &Layout, config: RunConfig, open_source: &OpenSo
     let (orders, inbox) = mpsc::channel(8);
     match start(layout, config, open_source, orders).await {
         Ok(running) => running.see_to_its_end(inbox).await,
-        Err(error) => RunEnd { kind: EndKind::NotStarted, message: error.to_string(), at: Timestamp::now() },
+        Err(error) => RunEnd::now(EndKind::NotStarted, error.to_string()),
     }
 }
 
@@ -42,6 +43,7 @@ struct Running {
     shared: Arc<Shared>,
     vm: vmm::Vm,
     events: vmm::EventReceiver,
+    saver: Saver,
     mount: Mount,
     layout: Layout,
 }
@@ -63,12 +65,15 @@ async fn start(
 
     let disks = open_disks(&shared).await?;
     *shared.disks() = disks.clone();
-    let mount = mount(layout, &shared.config, &disks)?;
+    let memory = open_memory(&shared)?;
+    let mount = mount(layout, &shared.config, &disks, memory)?;
     match launch(layout, &shared).await {
-        Ok((vm, events)) => {
-            tokio::spawn(ahead::record(shared.clone(), disks.clone(), layout.trace()));
+        Ok((vm, events, saver)) => {
+            if shared.config.resume.is_none() {
+                tokio::spawn(ahead::record(shared.clone(), disks.clone(), layout.trace()));
+            }
             tokio::spawn(ahead::fetch(shared.clone(), disks));
-            Ok(Running { shared, vm, events, mount, layout: layout.clone() })
+            Ok(Running { shared, vm, events, saver, mount, layout: layout.clone() })
         }
         Err(error) => {
             let _ = mount.unmount();
@@ -91,6 +96,14 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
     Ok(disks)
 }
 
+/// The memory that the machine goes on with.
+fn open_memory(shared: &Shared) -> Result<Option<Arc<Disk>>, NotStarted> {
+    let Some(resume) = &shared.config.resume else { return Ok(None) };
+    let size = shared.config.memory_mib << 20;
+    let opened = Disk::open_frozen(size, None, shared.store.clone(), &resume.memory);
+    opened.map(|disk| Some(Arc::new(disk))).map_err(NotStarted::step("the saved memory cannot be opened"))
+}
+
 /// Reads the image's index; waits for a store that is away, and says so in the status.
 async fn load_image(shared: &Shared, disk: &RunDisk) -> Result<Option<Arc<ImageMap>>, FetchError> {
     let Some(image) = &disk.image else { return Ok(None) };
@@ -110,7 +123,12 @@ async fn load_image(shared: &Shared, disk: &RunDisk) -> Result<Option<Arc<ImageM
     }
 }
 
-fn mount(layout: &Layout, config: &RunConfig, disks: &[Arc<Disk>]) -> Result<Mount, NotStarted> {
+fn mount(
+    layout: &Layout,
+    config: &RunConfig,
+    disks: &[Arc<Disk>],
+    memory: Option<Arc<Disk>>,
+) -> Result<Mount, NotStarted> {
     let guarded = layout.guarded();
     let prepare = || -> std::io::Result<()> {
         std::fs::create_dir_all(layout.mount())?;
@@ -119,12 +137,13 @@ fn mount(layout: &Layout, config: &RunConfig, disks: &[Arc<Disk>]) -> Result<Mou
     };
     prepare().map_err(NotStarted::step("cannot prepare the folder of the disks"))?;
     let file = |(run, disk): (&RunDisk, &Arc<Disk>)| File { name: run.name.to_string(), disk: disk.clone() };
-    let files = config.disks.iter().zip(disks).map(file).collect();
+    let memory = memory.map(|disk| File { name: MEMORY.into(), disk });
+    let files = config.disks.iter().zip(disks).map(file).chain(memory).collect();
     Mount::new(&layout.mount(), files, config.user, tokio::runtime::Handle::current())
         .map_err(NotStarted::step("cannot show the disks to QEMU"))
 }
 
-async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::EventReceiver), NotStarted> {
+async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::EventReceiver, Saver), NotStarted> {
     let config = &shared.config;
     let qemu = vmm::find_qemu().await.map_err(NotStarted::step("cannot find QEMU"))?;
     let accelerator = if config.force_tcg {
@@ -136,6 +155,9 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         vmm::Accelerator::Kvm => "kvm".into(),
         vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
     });
+    let platform = save::platform(&qemu, &accelerator);
+    let state = config.resume.as_ref().map(|resume| save::load(resume, &platform)).transpose();
+    let state = state.map_err(NotStarted::step("the saved machine cannot go on here"))?;
     let options = vmm::LaunchOptions {
         qemu: qemu.path,
         run_dir: layout.qemu(),
@@ -144,18 +166,26 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         seccomp: true,
         parent_death_kill: true,
         guard: Some(vmm::GuardPolicy { deny: config.deny.clone(), ..Default::default() }),
+        resume: state.map(|state| vmm::Resume { memory: layout.memory(), state }),
     };
     let machine = describe(layout, config)?;
     let (vm, events) =
         vmm::Vm::launch(&machine, options).await.map_err(NotStarted::step("the machine does not start"))?;
+    if config.resume.is_some() {
+        vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
+        if let Err(error) = vm.announce().await {
+            tracing::warn!(%error, "the network is not told where the guest is now");
+        }
+    }
     {
         let mut status = shared.status();
         status.phase = Phase::Running;
+        status.resumed = config.resume.is_some();
         status.qemu_pid = Some(vm.pid());
         status.started_in_ms = Some(Timestamp::now().since_ms(config.ordered));
     }
     forward(&vm, shared).await?;
-    Ok((vm, events))
+    Ok((vm, events, Saver::new(platform, config.resume.as_ref())))
 }
 
 fn describe(layout: &Layout, config: &RunConfig) -> Result<vmm::Machine, NotStarted> {
@@ -232,17 +262,18 @@ impl Running {
             Some((check, at))
         });
         let prober = health.map(|(check, at)| tokio::spawn(probe::watch(self.shared.clone(), check, at)));
-        let (kind, message) = self.watch(&mut inbox).await;
+        let (kind, message, saved) = self.watch(&mut inbox).await;
         if let Some(prober) = prober {
             prober.abort();
         }
         self.shared.status().phase = Phase::Ended;
-        self.close(kind, message)
+        RunEnd { saved, ..self.close(kind, message) }
     }
 
     /// Waits for events and orders until QEMU has ended.
-    async fn watch(&mut self, inbox: &mut mpsc::Receiver<Order>) -> (EndKind, String) {
-        let Self { vm, events, shared, .. } = self;
+    async fn watch(&mut self, inbox: &mut mpsc::Receiver<Order>) -> (EndKind, String, Option<Saved>) {
+        let Self { vm, events, shared, saver, .. } = self;
+        let mut suspended = None;
         let mut asked = false;
         let mut forced = false;
         let mut deadline: Option<Instant> = None;
@@ -272,6 +303,15 @@ impl Running {
                             deadline = Some(Instant::now());
                         }
                         Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
+                        Order::Save(order) => {
+                            let outcome = saver.save(vm, shared, &order).await;
+                            if let (Ok(saved), true) = (&outcome, order.ends()) {
+                                suspended = Some(saved.clone());
+                                vm.kill().await;
+                            }
+                            shared.status().save =
+                                Some(SaveStatus { number: order.number, written: 0, outcome: Some(outcome) });
+                        }
                     }
                 }
                 // The host shuts down.
@@ -298,7 +338,8 @@ impl Running {
                 }
             }
         };
-        match exit.reason {
+        let (kind, message) = match exit.reason {
+            _ if suspended.is_some() => (EndKind::Suspended, "it is suspended".into()),
             _ if forced => (EndKind::Forced, "it did not shut down within the limit; the power was cut".into()),
             vmm::ExitReason::GuestShutdown if asked => (EndKind::Clean, "it shut itself down".into()),
             vmm::ExitReason::GuestShutdown => (EndKind::GuestOff, "the guest powered itself off".into()),
@@ -311,7 +352,8 @@ impl Running {
                 let tail = stderr_tail.trim();
                 (EndKind::Crashed, if tail.is_empty() { how } else { format!("{how}; it said: {tail}") })
             }
-        }
+        };
+        (kind, message, suspended)
     }
 
     /// Makes what the guest wrote durable and takes the disks away.
@@ -326,7 +368,7 @@ impl Running {
             tracing::warn!(%error, "the disks cannot be unmounted");
         }
         let _ = std::fs::remove_file(self.layout.socket());
-        RunEnd { kind, message, at: Timestamp::now() }
+        RunEnd::now(kind, message)
     }
 }
 

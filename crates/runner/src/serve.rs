@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use collective_model::run::{MAX_MESSAGE_BYTES, Phase, Reply, Request};
+use collective_model::run::{MAX_MESSAGE_BYTES, Phase, Reply, Request, SaveOrder, SaveStatus};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
@@ -49,6 +49,7 @@ async fn answer(request: Request, shared: &Shared) -> Reply {
         Request::Forward { port } => forward(shared, port).await,
         Request::Stop { limit_ms } => order(shared, Order::Stop { limit_ms }).await,
         Request::PowerOff => order(shared, Order::PowerOff).await,
+        Request::Save(what) => save(shared, what).await,
     };
     match done {
         Ok(()) => Reply::Status(Box::new(shared.snapshot())),
@@ -58,6 +59,25 @@ async fn answer(request: Request, shared: &Shared) -> Reply {
 
 async fn order(shared: &Shared, order: Order) -> Result<(), String> {
     shared.orders.send(order).await.map_err(|_| "the machine has ended".into())
+}
+
+async fn save(shared: &Shared, what: SaveOrder) -> Result<(), String> {
+    {
+        let mut status = shared.status();
+        if status.phase != Phase::Running {
+            return Err("there is no running machine to save".into());
+        }
+        if let Some(save) = &status.save {
+            if save.number == what.number {
+                return Ok(());
+            }
+            if save.outcome.is_none() {
+                return Err("it is being saved already".into());
+            }
+        }
+        status.save = Some(SaveStatus { number: what.number, written: 0, outcome: None });
+    }
+    order(shared, Order::Save(what)).await
 }
 
 fn open_ports(shared: &Shared) -> Result<(), String> {

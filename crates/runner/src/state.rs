@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use collective_model::run::{PROTOCOL, Phase, RunConfig, RunStatus};
+use collective_model::run::{PROTOCOL, Phase, RunConfig, RunStatus, SaveOrder};
 use collective_store::fetch::FrameStore;
 use collective_volume::Disk;
 use tokio::sync::{mpsc, oneshot};
@@ -43,6 +43,7 @@ pub(crate) enum Order {
     Stop { limit_ms: u64 },
     PowerOff,
     Forward { port: u16, done: oneshot::Sender<Result<(), String>> },
+    Save(SaveOrder),
 }
 
 /// Shared by all tasks.

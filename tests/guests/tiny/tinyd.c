@@ -18,6 +18,7 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
@@ -265,6 +266,79 @@ static void first_line_of(const char *path, int hex_only) {
     reply(200, "%s", out);
 }
 
+// ---- memory and disk that belong together ----
+
+// Shared by all processes: pages that somebody filled, and a writer that keeps memory and disk in step.
+enum { PAGES = 25600, SLOTS = 1024, PAGE = 4096 };
+static struct shared {
+    volatile unsigned long generation, filled, count, on, running;
+    unsigned long pages[PAGES][PAGE / sizeof(long)];
+} *shared;
+
+static void fill_pages(long megabytes) {
+    unsigned long n = megabytes * 256;
+    if (megabytes <= 0 || n > PAGES) reply(400, "want /fill?MEGABYTES, at most %d", PAGES / 256);
+    unsigned long g = ++shared->generation;
+    for (unsigned long i = 0; i < n; i++)
+        for (int k = 0; k < PAGE / 8; k++) shared->pages[i][k] = (g << 40) ^ (i << 12) ^ k;
+    shared->filled = n;
+    reply(200, "%lu", g);
+}
+
+static void check_pages(void) {
+    unsigned long bad = 0, g = shared->generation;
+    for (unsigned long i = 0; i < shared->filled; i++)
+        for (int k = 0; k < PAGE / 8; k++)
+            if (shared->pages[i][k] != ((g << 40) ^ (i << 12) ^ k)) { bad++; break; }
+    reply(200, "%lu pages of %lu, %lu bad", (unsigned long)shared->filled, g, bad);
+}
+
+// Writes slot after slot, each durable before memory counts it.
+static void write_on(void) {
+    static unsigned long page[PAGE / 8];
+    int fd = open("/data/ring", O_RDWR | O_CREAT, 0644);
+    while (fd >= 0 && shared->on) {
+        unsigned long next = shared->count + 1;
+        for (int k = 0; k < PAGE / 8; k++) page[k] = next ^ (unsigned long)k << 40;
+        if (pwrite(fd, page, PAGE, next % SLOTS * PAGE) != PAGE || fdatasync(fd)) break;
+        shared->count = next;
+    }
+    shared->running = 0;
+    _exit(0);
+}
+
+static void count(const char *query) {
+    if (!strcmp(query, "on") && !shared->running) {
+        shared->on = shared->running = 1;
+        if (!fork()) { close(conn); setsid(); write_on(); }
+    }
+    if (!strcmp(query, "off")) {
+        shared->on = 0;
+        while (shared->running) usleep(1000);
+    }
+    reply(200, "%lu", shared->count);
+}
+
+// What the disk has, past all caches, is what memory says.
+static void check_ring(void) {
+    static unsigned long page[PAGE / 8];
+    if (shared->running) reply(400, "it is being written; /count?off first");
+    sync();
+    int fd = open("/proc/sys/vm/drop_caches", O_WRONLY);
+    if (fd < 0 || write(fd, "3\n", 2) != 2) reply(500, "cannot drop caches: %s", strerror(errno));
+    close(fd);
+    unsigned long last = shared->count, bad = 0;
+    fd = open("/data/ring", O_RDONLY);
+    for (unsigned long slot = 0; slot < SLOTS; slot++) {
+        unsigned long want = last - (last + SLOTS - slot) % SLOTS;
+        if (want == 0 || want > last) continue; // not written yet
+        if (pread(fd, page, PAGE, slot * PAGE) != PAGE) { bad++; continue; }
+        for (int k = 0; k < PAGE / 8; k++)
+            if (page[k] != (want ^ (unsigned long)k << 40)) { bad++; break; }
+    }
+    reply(200, "%lu, %lu bad", last, bad);
+}
+
 static void serve(void) {
     char line[8192], method[16], path[4096];
     long long length = -1;
@@ -305,6 +379,11 @@ static void serve(void) {
     if (!strcmp(path, "/hostname")) first_line_of("/proc/sys/kernel/hostname", 0);
     if (!strcmp(path, "/machine-id")) first_line_of("/sys/class/dmi/id/product_uuid", 1);
     if (!strcmp(path, "/uptime")) first_line_of("/proc/uptime", 0);
+    if (!strcmp(path, "/fill")) fill_pages(atol(query));
+    if (!strcmp(path, "/pages")) check_pages();
+    if (!strcmp(path, "/count")) count(query);
+    if (!strcmp(path, "/ring")) check_ring();
+    if (!strcmp(path, "/time")) reply(200, "%ld", (long)time(NULL));
     if (!strcmp(path, "/sync")) { sync(); reply(200, "synced"); }
     if (!strcmp(path, "/connect")) try_connect(query);
     if (!strcmp(path, "/read")) {
@@ -331,6 +410,8 @@ int main(int argc, char **argv) {
     sigaction(SIGUSR2, &down, NULL);
     sigaction(SIGTERM, &down, NULL);
     signal(SIGPIPE, SIG_IGN);
+    shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (shared == MAP_FAILED) perror("tiny: memory to share");
 
     struct pollfd p[9];
     int n = 0;

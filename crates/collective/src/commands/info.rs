@@ -70,8 +70,15 @@ pub fn document(view: &InstanceView) -> Value {
         "last_error": seen.and_then(|s| s.last_error.clone()), "last_stop": seen.and_then(|s| s.last_stop.clone()),
         "health": seen.map_or(HealthState::Unknown, |s| s.health), "probe_output": seen.and_then(|s| s.probe_output.clone()),
         "checkpoints": seen.map(|s| s.checkpoints.clone()).unwrap_or_default(),
+        "suspended": seen.and_then(|s| s.suspended.clone()), "resumed": seen.is_some_and(|s| s.resumed),
+        "last_pause_us": seen.and_then(last_pause),
         "settings": spec.settings, "operations": view.operations,
     })
+}
+
+/// For how long the guest stood still for its last checkpoint, in microseconds.
+fn last_pause(seen: &collective_model::Observed) -> Option<u64> {
+    seen.checkpoints.iter().rev().find_map(|checkpoint| checkpoint.machine.as_ref()?.pause_us)
 }
 
 /// Show an instance
@@ -145,9 +152,19 @@ fn show(ui: &Ui, view: &InstanceView) {
     if let Some(ms) = seen.first_answer_ms {
         field("first answer", format!("after {}", seconds(ms)));
     }
+    if let Some(machine) = &seen.suspended {
+        field(
+            "suspended",
+            format!("memory and devices took {} more; goes on with {}", ByteSize(machine.bytes), machine.platform),
+        );
+    }
     for checkpoint in &seen.checkpoints {
         let own = ByteSize(checkpoint.own_bytes);
-        field("checkpoint", format!("{}: {} ({}), {own}", checkpoint.id.0, checkpoint.why, checkpoint.taken));
+        let memory = if checkpoint.machine.is_some() { "with memory, " } else { "" };
+        field("checkpoint", format!("{}: {} ({}), {memory}{own}", checkpoint.id.0, checkpoint.why, checkpoint.taken));
+    }
+    if let Some(pause) = last_pause(seen) {
+        field("last pause", format!("{:.1} ms for a checkpoint", pause as f64 / 1000.0));
     }
     if let Some(stop) = &seen.last_stop {
         field("last stop", stop.clone());
@@ -330,6 +347,10 @@ pub async fn until(client: &Client, name: &Name, wanted: Option<State>) -> Resul
             }
             if seen.state == State::Failed && wanted != Some(State::Failed) {
                 bail!("{name} failed: {}", seen.last_error.as_deref().unwrap_or("no reason is known"));
+            }
+            if seen.state == State::Suspended && matches!(wanted, None | Some(State::Running)) {
+                let why = seen.last_error.as_deref().map(|why| format!(" ({why})")).unwrap_or_default();
+                bail!("{name} is suspended{why}; `collective resume {name}` lets it go on");
             }
             let stopped = seen.state == State::Stopped && !view.spec.on;
             if stopped && wanted != Some(State::Stopped) {

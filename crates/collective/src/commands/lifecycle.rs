@@ -12,7 +12,7 @@ async fn power(client: &Client, name: &Name, on: bool) -> Result<InstanceView> {
     Ok(client.post(&format!("/v1/instances/{name}/power"), &PowerRequest { on }).await?)
 }
 
-/// Start an instance
+/// Start an instance; one that is suspended goes on
 ///
 /// Example: collective start n
 #[derive(Debug, clap::Args)]
@@ -32,6 +32,8 @@ impl Start {
 }
 
 /// Shut an instance down, cleanly if it can within a minute; says which
+///
+/// Of an instance that is suspended the memory is given up, as in a power cut.
 ///
 /// Example: collective stop n
 #[derive(Debug, clap::Args)]
@@ -60,7 +62,9 @@ async fn stop(ui: &Ui, client: &Client, name: &Name) -> Result<InstanceView> {
 /// Stops everything that runs on reachable hosts.
 pub async fn stop_all(ui: &Ui, client: &Client) -> Result<()> {
     let views: Vec<InstanceView> = client.get("/v1/instances").await?;
-    for view in views.iter().filter(|view| view.reachable && view.spec.on) {
+    // What is suspended stays so: stopping it would give its memory up.
+    let suspended = |view: &InstanceView| view.observed.as_ref().is_some_and(|seen| seen.state == State::Suspended);
+    for view in views.iter().filter(|view| view.reachable && view.spec.on && !suspended(view)) {
         stop(ui, client, &view.spec.name).await?;
         ui.hint(format!("{} is stopped", view.spec.name));
     }

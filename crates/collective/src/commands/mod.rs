@@ -17,6 +17,7 @@ mod publish;
 mod reach;
 mod runner;
 mod settings;
+mod state;
 mod store;
 mod store_private;
 mod trace;
@@ -86,6 +87,11 @@ pub enum Command {
     Stop(lifecycle::Stop),
     Restart(lifecycle::Restart),
     Delete(lifecycle::Delete),
+    Suspend(state::Suspend),
+    Resume(state::Resume),
+    Checkpoint(state::Checkpoint),
+    Timeline(state::Timeline),
+    Restore(state::Restore),
     Rename(settings::Rename),
     Set(settings::Set),
     Hold(settings::Hold),
@@ -161,6 +167,11 @@ impl Command {
             Self::Stop(command) => command.run(ui, client).await?,
             Self::Restart(command) => command.run(ui, client).await?,
             Self::Delete(command) => command.run(ui, client).await?,
+            Self::Suspend(command) => command.run(ui, client).await?,
+            Self::Resume(command) => command.run(ui, client).await?,
+            Self::Checkpoint(command) => command.run(ui, client).await?,
+            Self::Timeline(command) => command.run(ui, client).await?,
+            Self::Restore(command) => command.run(ui, client).await?,
             Self::Rename(command) => command.run(ui, client).await?,
             Self::Set(command) => command.run(ui, client).await?,
             Self::Hold(command) => command.run(ui, client).await?,

@@ -1,0 +1,243 @@
+//! A running machine is data: suspended, resumed, kept while it runs, gone back to; memory and disks always of one instant.
+
+use std::time::Duration;
+
+use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
+const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+const LONG: Duration = Duration::from_secs(120);
+
+fn launch(fleet: &Fleet, name: &str) -> Guest {
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    let port = free_port();
+    fleet.ok(&["launch", "test/tiny:1", "--name", name, "--publish", &format!("{port}:80")]);
+    fleet.wait(name, "healthy");
+    Guest { port }
+}
+
+fn kill(pid: i32) {
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+/// Memory has what was put there, and the disk has what memory says.
+#[track_caller]
+fn sound(guest: &Guest, generation: &str) -> u64 {
+    assert_eq!(guest.get("/pages"), format!("5120 pages of {generation}, 0 bad"));
+    guest.get("/count?off");
+    let ring = guest.get("/ring");
+    let (count, bad) = ring.split_once(", ").unwrap();
+    assert_eq!(bad, "0 bad", "{ring}");
+    count.parse().unwrap()
+}
+
+#[test]
+fn suspend_and_resume_under_load() {
+    let mut fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    let generation = guest.get("/fill?20");
+    let boots = guest.get("/boots");
+    guest.get("/count?on");
+    eventually("it writes", LONG, || (guest.get("/count").parse::<u64>().unwrap() > 20).then_some(()));
+    let before: u64 = guest.get("/count").parse().unwrap();
+
+    let suspended = fleet.json(&["suspend", "n"]);
+    assert_eq!(suspended["state"], "suspended", "{suspended}");
+    assert!(suspended["bytes"].as_u64().unwrap() > 20 << 20, "{suspended}");
+    assert!(guest.is_closed());
+    let info = fleet.info("n");
+    assert_eq!(info["state"], "suspended");
+    assert_eq!(info["suspended"]["platform"]["accelerator"], "tcg", "{info}");
+    // Again is no mistake; what needs a machine says what to do.
+    assert_eq!(fleet.json(&["suspend", "n"])["state"], "suspended");
+    for command in [["restart", "n"], ["rollback", "n"]] {
+        let error = fleet.fails(&command);
+        assert!(error.contains("suspended; resume it first"), "{error}");
+    }
+    let error = fleet.fails(&["wait", "n", "--for", "healthy"]);
+    assert!(error.contains("collective resume n"), "{error}");
+
+    fleet.ok(&["resume", "n"]);
+    let after: u64 = guest.get("/count").parse().unwrap();
+    assert!(after >= before, "{after} after {before}");
+    assert!(sound(&guest, &generation) >= before);
+    assert_eq!(guest.get("/boots"), boots, "it was not booted");
+    assert_eq!(fleet.info("n")["resumed"], true);
+
+    // A second time only what was written since is saved. The daemon dies while it is suspended.
+    let second = fleet.json(&["suspend", "n"]);
+    let (first, second) = (suspended["bytes"].as_u64().unwrap(), second["bytes"].as_u64().unwrap());
+    assert!(second < first / 2, "{second} after {first}");
+    fleet.kill_up();
+    fleet.up();
+    assert_eq!(fleet.info("n")["state"], "suspended");
+    fleet.ok(&["start", "n"]);
+    guest.answers();
+    sound(&guest, &generation);
+    assert_eq!(guest.get("/boots"), boots);
+
+    // A machine that went on can be reset by its guest, and dies like any other.
+    guest.put("/notes/kept", "acknowledged");
+    kill(fleet.qemu_pid("n"));
+    eventually("the crash is noticed", LONG, || fleet.ok(&["history", "n"]).contains("crashed").then_some(()));
+    fleet.wait("n", "healthy");
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+    assert_ne!(guest.get("/boots"), boots, "after a power cut it boots");
+
+    // Giving the memory up.
+    fleet.ok(&["suspend", "n"]);
+    let stopped = fleet.ok(&["stop", "n"]);
+    assert!(stopped.contains("memory was given up"), "{stopped}");
+    fleet.ok(&["start", "n"]);
+    guest.answers();
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+}
+
+#[test]
+fn checkpoints_of_a_machine_that_writes_and_back() {
+    let fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    let mut generations = vec![guest.get("/fill?20")];
+    let mut counts = Vec::new();
+    guest.get("/count?on");
+    for number in 1..=3u64 {
+        eventually("it writes", LONG, || (guest.get("/count").parse::<u64>().unwrap() > number * 30).then_some(()));
+        counts.push(guest.get("/count").parse::<u64>().unwrap());
+        let kept = fleet.json(&["checkpoint", "n", "--why", &format!("number {number}")]);
+        assert_eq!(kept["id"], number, "{kept}");
+        assert!(kept["machine"]["pause_us"].as_u64().unwrap() > 0, "{kept}");
+        counts.push(guest.get("/count").parse::<u64>().unwrap());
+        generations.push(guest.get("/fill?20"));
+    }
+    let timeline = fleet.json(&["timeline", "n"]);
+    assert_eq!(timeline.as_array().unwrap().len(), 3, "{timeline}");
+    assert!(fleet.ok(&["timeline", "n"]).contains("number 2"));
+
+    // Back to the second: memory and disk of that instant, though both went on since.
+    let back = fleet.json(&["restore", "n", "2"]);
+    assert_eq!((back["memory"].as_bool(), back["kept_as_checkpoint"].as_u64()), (Some(true), Some(4)), "{back}");
+    let count = sound(&guest, &generations[1]);
+    assert!(count >= counts[2], "{count} {counts:?}");
+    // And forward again: the present was kept.
+    fleet.ok(&["restore", "n", "4"]);
+    sound(&guest, &generations[3]);
+    // Once more to the second, and on from there to a checkpoint of its own.
+    fleet.ok(&["restore", "n", "2"]);
+    sound(&guest, &generations[1]);
+    guest.put("/notes/branch", "written after going back");
+    let kept = fleet.json(&["checkpoint", "n"]);
+    fleet.ok(&["restore", "n", "1"]);
+    assert_eq!(guest.request("GET", "/notes/branch", "").unwrap().0, 404);
+    sound(&guest, &generations[0]);
+    fleet.ok(&["restore", "n", &kept["id"].to_string()]);
+    assert_eq!(guest.get("/notes/branch"), "written after going back");
+
+    // Disks only, with the data disk of today: it boots.
+    let boots: u64 = guest.get("/boots").parse().unwrap();
+    fleet.ok(&["restore", "n", "1", "--disks-only", "--keep", "data"]);
+    guest.answers();
+    assert_eq!(guest.get("/notes/branch"), "written after going back");
+    assert_eq!(guest.get("/boots").parse::<u64>().unwrap(), boots + 1);
+
+    // What is asked wrongly changes nothing.
+    let state = fleet.info("n")["state"].clone();
+    for (command, words) in [
+        (vec!["restore", "n", "77"], "no checkpoint 77"),
+        (vec!["restore", "n", "1", "--disks-only", "--keep", "nothing"], "no disk"),
+        (vec!["checkpoint", "n", "--forget", "77"], "no checkpoint 77"),
+        (vec!["resume", "missing"], "no instance"),
+    ] {
+        let error = fleet.fails(&command);
+        assert!(error.contains(words), "{command:?}: {error}");
+    }
+    assert_eq!(fleet.info("n")["state"], state);
+    fleet.ok(&["checkpoint", "n", "--forget", "3"]);
+    assert!(!fleet.ok(&["timeline", "n"]).contains("number 3"));
+    fleet.ok(&["restore", "n", "4"]);
+    sound(&guest, &generations[3]);
+}
+
+#[test]
+fn deaths_while_it_is_saved() {
+    let mut fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    let generation = guest.get("/fill?20");
+    guest.put("/notes/kept", "acknowledged");
+    guest.get("/count?on");
+    // The daemon dies at several instants of a checkpoint and of a suspend; the runner finishes what it was told.
+    for pause in [0, 15, 60, 150] {
+        let mut command = fleet.spawn(&["checkpoint", "n"]);
+        std::thread::park_timeout(Duration::from_millis(pause));
+        fleet.kill_up();
+        let _ = command.wait();
+        fleet.up();
+        fleet.wait_until_settled("n");
+        assert_eq!(guest.get("/pages"), format!("5120 pages of {generation}, 0 bad"));
+    }
+    for pause in [0, 30, 120, 300] {
+        let mut command = fleet.spawn(&["suspend", "n"]);
+        std::thread::park_timeout(Duration::from_millis(pause));
+        fleet.kill_up();
+        let _ = command.wait();
+        fleet.up();
+        eventually("it is one or the other", LONG, || {
+            let info = fleet.info("n");
+            let idle = info["operations"].as_array().is_some_and(Vec::is_empty);
+            (idle && (info["state"] == "running" || info["state"] == "suspended")).then_some(())
+        });
+        if fleet.info("n")["state"] == "suspended" {
+            fleet.ok(&["resume", "n"]);
+        }
+        assert_eq!(guest.get("/pages"), format!("5120 pages of {generation}, 0 bad"));
+    }
+    sound(&guest, &generation);
+    // Every checkpoint that is listed can be gone back to.
+    for kept in fleet.json(&["timeline", "n"]).as_array().unwrap() {
+        fleet.ok(&["restore", "n", &kept["id"].to_string()]);
+        sound(&guest, &generation);
+        guest.get("/count?on");
+    }
+    // The runner dies in the middle of being suspended: a power cut, and what was acknowledged is there.
+    let mut command = fleet.spawn(&["suspend", "n"]);
+    eventually("it is being suspended", LONG, || {
+        let state = fleet.info("n")["state"].clone();
+        (state == "suspending" || state == "suspended").then_some(())
+    });
+    if fleet.info("n")["state"] == "suspending" {
+        kill(fleet.runner_pid("n"));
+    }
+    let _ = command.wait();
+    eventually("it is over", LONG, || {
+        let info = fleet.info("n");
+        (info["state"] == "suspended" || info["health"] == "healthy").then_some(())
+    });
+    if fleet.info("n")["state"] == "suspended" {
+        fleet.ok(&["resume", "n"]);
+    }
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+}
+
+#[test]
+fn what_was_damaged_is_not_gone_on_with() {
+    let fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    guest.put("/notes/kept", "acknowledged");
+    fleet.ok(&["suspend", "n"]);
+    let layers = fleet.host_data("a").join("instances").join(fleet.info("n")["id"].as_str().unwrap()).join("layers");
+    let states = std::fs::read_dir(&layers).unwrap().flatten().map(|entry| entry.path());
+    let state = states.filter(|path| path.extension().is_some_and(|e| e == "state")).max().unwrap();
+    let bytes = std::fs::read(&state).unwrap();
+    let mut damaged = bytes.clone();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    std::fs::write(&state, damaged).unwrap();
+    let error = fleet.fails(&["resume", "n"]);
+    assert!(error.contains("damaged") && error.contains("collective stop"), "{error}");
+    let error = fleet.fails(&["start", "n"]);
+    assert!(error.contains("suspended"), "{error}");
+    assert_eq!(fleet.info("n")["state"], "suspended");
+    std::fs::write(&state, bytes).unwrap();
+    fleet.ok(&["resume", "n"]);
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+}
