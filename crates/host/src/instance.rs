@@ -110,6 +110,9 @@ impl Instance {
                 None => {}
             }
             self.restart_if_due().await;
+            if let Err(why) = self.let_users_in().await {
+                tracing::warn!(why, "the ports of a machine that went on stay closed for now");
+            }
         }
     }
 
@@ -127,6 +130,9 @@ impl Instance {
             if self.record.spec.on {
                 self.resume_or_log().await;
             }
+        } else if self.record.state == State::Suspending {
+            // It was not begun: the runner goes on, or has ended, which was noticed.
+            self.set_state(State::Running);
         } else if self.record.state == State::Resuming && self.record.runner_pid.is_none() {
             self.set_state(State::Suspended);
         } else if self.record.state == State::Updating || self.record.state == State::Restoring {

@@ -236,14 +236,21 @@ impl Instance {
                 return Err(format!("{why}. It is {} now; {WAY_OUT}", self.record.state));
             }
         }
-        // Nobody has seen it run before the record says so.
-        match link::ask(&self.run_dir, &Request::OpenPorts).await {
-            Ok(status) => self.status = Some(status),
-            Err(error) => return Err(format!("it goes on, but its ports cannot be opened: {error}")),
-        }
+        self.let_users_in().await.map_err(|why| format!("it goes on, but {why}"))?;
         self.publish();
         let started = self.status.as_ref().and_then(|status| status.started_in_ms);
         Ok(json!({ "state": self.record.state, "started_in_ms": started }))
+    }
+
+    /// Opens the ports of a machine that went on, now that the record says that it runs.
+    pub(crate) async fn let_users_in(&mut self) -> Result<(), String> {
+        let closed = self.status.as_ref().is_some_and(|status| status.resumed && !status.ports_open);
+        if self.record.state != State::Running || !closed {
+            return Ok(());
+        }
+        let opened = link::ask(&self.run_dir, &Request::OpenPorts).await;
+        self.status = Some(opened.map_err(|e| format!("its ports cannot be opened: {e}"))?);
+        Ok(())
     }
 
     pub(crate) async fn resume_or_log(&mut self) {
