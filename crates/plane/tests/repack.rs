@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::trace::Trace;
 use collective_store::{BLOCK, FRAME_BLOCKS};
 
@@ -21,21 +20,6 @@ use common::crowd::collect;
 use common::{Site, manifest, sign};
 
 const FRAME: usize = FRAME_BLOCKS * BLOCK as usize;
-
-struct Memory<'a>(&'a [u8]);
-
-impl DiskReader for Memory<'_> {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> std::io::Result<Option<Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
-}
 
 #[derive(Default)]
 struct Collected(Vec<(Pack, PackHashes)>);
@@ -66,7 +50,7 @@ async fn publish(
     let mut sink = Collected::default();
     let (image, packs) = {
         let mut publisher = Publisher::new(blocks, &mut sink);
-        let image = publisher.add(&Memory(disk), &[], &Trace::default(), &|_| {}).unwrap();
+        let image = publisher.add(&disk.to_vec(), &[], &Trace::default(), &|_| {}).unwrap();
         (image, publisher.finish().unwrap().0)
     };
     for (pack, hashes) in sink.0 {

@@ -1,10 +1,6 @@
 //! Disks whose versions share most of their blocks.
 
-use std::io;
-use std::ops::Range;
-
 use collective_store::BLOCK;
-use collective_store::publish::DiskReader;
 use collective_testkit::Dice;
 
 /// Blocks of every disk.
@@ -28,20 +24,4 @@ fn content(block: u64, version: u64) -> Vec<u8> {
     let mut bytes = Dice::new(1000 + block).bytes(BLOCK as usize);
     bytes[100..140].copy_from_slice(&Dice::new(block ^ version << 20).bytes(40));
     bytes
-}
-
-/// A disk in memory.
-pub struct Memory(pub Vec<u8>);
-
-impl DiskReader for Memory {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
 }

@@ -19,7 +19,7 @@ use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, PackSink, P
 use collective_store::trace::Trace;
 use collective_testkit::Objects;
 
-use super::disk::{Memory, disk};
+use super::disk::disk;
 use super::world::{Shared, Version, Withdrawal, answered};
 
 /// Somebody who talks to the plane.
@@ -127,7 +127,7 @@ impl Maker {
         if !packs.is_empty() {
             publisher = publisher.with_bases(&contents);
         }
-        let image = publisher.add(&Memory(disk(*number)), &[], &Trace::default(), &|_| {}).map_err(said)?;
+        let image = publisher.add(&disk(*number), &[], &Trace::default(), &|_| {}).map_err(said)?;
         let (needed, _) = publisher.finish().map_err(said)?;
         Ok((image, needed, sink.0))
     }
