@@ -133,3 +133,21 @@ async fn what_is_used_of_an_old_pack_stays_and_the_rest_goes() {
         assert!(read(&store, &v2, &key).await.unwrap() == second, "{frames}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_pack_that_is_mostly_directory_is_left_alone() {
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let mut known = Vec::new();
+    let first = noise(1, b"first");
+    let second = [&[7; BLOCK as usize], &first[BLOCK as usize..]].concat();
+    let v1 = publish(&site, &key, "1", &first, &mut known).await;
+    let v2 = publish(&site, &key, "2", &second, &mut known).await;
+    let repacked: Repacked = site.user.post("/v1/store/repack", &()).await.unwrap();
+    let collected = collect(&site).await;
+    let folder = tempfile::tempdir().unwrap();
+    for (manifest, disk) in [(v1, first), (v2, second)] {
+        assert!(read(&reader(&site, folder.path(), "a"), &manifest, &key).await.unwrap() == disk);
+    }
+    assert_eq!((repacked.packs, collected.removed.len()), (vec![], 0));
+}
