@@ -164,7 +164,8 @@ async fn remove(ui: &Ui, client: &Client, prunable: &Prunable) -> Result<()> {
     kept.iter().for_each(|why| ui.hint(why));
     if waiting > 0 {
         ui.hint(format!(
-            "{} stay until a publish that is under way has ended; the plane removes them by itself within the hour",
+            "{} stay for a publish that is under way, or was broken off just now; the plane removes them by itself within \
+             the hour",
             ByteSize(waiting)
         ));
     }
@@ -214,6 +215,9 @@ impl Store {
 
 impl Check {
     async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        if let Some(folder) = &self.from {
+            std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+        }
         let view: StoreView = client.get("/v1/store").await?;
         let total = bytes_of(&view.packs) + view.private.iter().map(|pack| pack.size).sum::<u64>();
         let bar = ui.bytes("checking", total);
@@ -240,7 +244,12 @@ impl Check {
         let left = bad.iter().filter(|bad| !bad.repaired).count();
         let left = left + private.iter().filter(|bad| !bad.repaired).count();
         if left > 0 {
-            bail!("{left} packs are damaged or missing; --repair replaces those of which there is a sound copy");
+            let how = match (self.repair, &self.from) {
+                (false, _) => "--repair replaces those of which there is a sound copy",
+                (true, None) => "of these the store has no sound copy; --from DIR takes them from a backup of it",
+                (true, Some(_)) => "of these there is no sound copy there either",
+            };
+            bail!("{left} packs are damaged or missing; {how}");
         }
         Ok(())
     }
