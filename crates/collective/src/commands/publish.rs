@@ -76,11 +76,6 @@ impl Publish {
             anyhow!("{} names no version: add `version = \"1\"` or use --as", self.dir.join("appliance.toml").display())
         })?;
         let appliance = recipe.appliance();
-        let (key, created) = SigningKey::load_or_create(&key_path(&recipe.publisher))?;
-        if created {
-            let path = key_path(&recipe.publisher);
-            ui.hint(format!("made a key for publisher \"{}\": {} (keep a copy)", recipe.publisher, path.display()));
-        }
         let disks = open_disks(&self.dir, &recipe)?;
         let boot = boot_traces(&self.dir)?;
         for (disk, note) in
@@ -90,6 +85,11 @@ impl Publish {
         }
         // Before anything is compared: what is there now stays until this has ended.
         let lease = Lease::hold(client, &appliance).await?;
+        let (key, created) = SigningKey::load_or_create(&key_path(&recipe.publisher))?;
+        if created {
+            let path = key_path(&recipe.publisher);
+            ui.hint(format!("made a key for publisher \"{}\": {} (keep a copy)", recipe.publisher, path.display()));
+        }
         let published = find(client, &appliance).await?;
         // A publish that is repeated is compared with itself, so that it gives the same manifest, whoever published since.
         let same = |view: &&VersionView| view.version == version;
@@ -203,7 +203,8 @@ fn show(ui: &Ui, channel: &Name, published: &Published) {
             ));
         }
     });
-    ui.hint(format!("next: collective launch {appliance}"));
+    let label = if channel.as_str() == "stable" { String::new() } else { format!(":{channel}") };
+    ui.hint(format!("next: collective launch {appliance}{label}"));
 }
 
 pub(super) fn key_path(publisher: &Name) -> PathBuf {
