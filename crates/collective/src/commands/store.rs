@@ -20,6 +20,8 @@ use crate::ui::{Ui, table};
 const STEP: u64 = 8 << 20;
 /// What is wrong with most.
 const OTHER_BYTES: &str = "its bytes are not what its name says";
+/// One damaged pack must not keep all others from being removed.
+const UNREAD: &str = "no pack is written again, as not all can be read; `collective store check` tells more";
 /// Packs looked at at once.
 const PACKS: usize = 4;
 
@@ -103,7 +105,10 @@ impl Prune {
         if self.yes {
             return remove(ui, client, &prunable).await;
         }
-        let wasted: Vec<PackWaste> = client.get("/v1/store/repack").await?;
+        let wasted: Vec<PackWaste> = client.get("/v1/store/repack").await.unwrap_or_else(|error| {
+            ui.hint(format!("{UNREAD}: {error}"));
+            Vec::new()
+        });
         let repackable: u64 = wasted.iter().map(|pack| pack.size - pack.used_bytes.min(pack.size)).sum();
         let private = |pack: &&PrivatePack| pack.backups.is_empty();
         let private: Vec<&PrivatePack> = view.private.iter().filter(private).collect();
@@ -141,7 +146,10 @@ async fn remove(ui: &Ui, client: &Client, prunable: &Prunable) -> Result<()> {
             done => done?,
         }
     }
-    let repacked: Repacked = client.post("/v1/store/repack", &()).await?;
+    let (repacked, unread) = match client.post::<Repacked>("/v1/store/repack", &()).await {
+        Ok(repacked) => (repacked, None),
+        Err(error) => (Repacked::default(), Some(error)),
+    };
     let collected: Collected = client.post("/v1/store/collect", &()).await?;
     let private: u64 = collected.private.iter().map(|pack| pack.size).sum();
     let (removed, waiting) = (bytes_of(&collected.removed) + private, bytes_of(&collected.waiting));
@@ -169,7 +177,7 @@ async fn remove(ui: &Ui, client: &Client, prunable: &Prunable) -> Result<()> {
             ByteSize(waiting)
         ));
     }
-    Ok(())
+    unread.map_or(Ok(()), |error| Err(error).context(UNREAD))
 }
 
 /// Look after the store of the plane
