@@ -55,3 +55,13 @@ fn a_machine_from_a_bucket_waits_while_it_is_away_and_goes_on() {
     fleet.ok(&["restart", "n"]);
     eventually("all that is needed is here", LONG, || guest.request("GET", "/health", "").map(drop));
 }
+
+#[test]
+fn a_start_that_fails_tells_its_own_reason_and_no_earlier_one() {
+    let fleet = Fleet::start(PROGRAM);
+    let data = fleet.file("other");
+    let up = |store| fleet.fails(&["up", "--detach", "--data", &data.to_string_lossy(), "--store", store]);
+    assert!(up("s3://first/one").contains("s3://first/one"));
+    let told = up("s3://second/two");
+    assert!(told.contains("s3://second/two") && !told.contains("first"), "{told}");
+}

@@ -57,7 +57,10 @@ fn old_versions_go_and_damage_is_found_and_repaired() {
     let hits = found["damaged"].as_array().unwrap();
     assert_eq!(hits.len(), 1 + lost.iter().count(), "{found}");
     assert!(hits.iter().all(|hit| hit["versions"][0] == "test/tiny:2"), "{found}");
-    assert!(fleet.fails(&["store", "check", "--repair"]).contains("damaged or missing"), "there is no copy");
+    assert!(fleet.fails(&["prune", "--yes"]).contains("`collective store check` tells more"));
+    fleet.ok(&["prune"]);
+    assert!(fleet.fails(&["store", "check", "--repair"]).contains("--from DIR"), "there is no copy");
+    assert!(fleet.fails(&["store", "check", "--repair", "--from", "/nonexistent"]).contains("cannot read"));
     fleet.ok(&["store", "check", "--repair", "--from", &backup.to_string_lossy()]);
     assert_eq!(fleet.json(&["store", "check"])["damaged"].as_array().unwrap().len(), 0);
     assert_eq!(fleet.json(&["verify", "test/tiny"])["sound"], true);

@@ -8,7 +8,7 @@ use std::process::Command;
 use collective_keys::{ChannelPointer, KeyChange, Kind, Signed, SigningKey};
 use collective_model::{Digest, Manifest, Timestamp};
 use collective_store::pack::{self, Directory, EntryKind, Pack, PackBuilder};
-use collective_store::publish::{BaseReader, DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::sparse::{write_end, write_part};
 use collective_store::trace::Trace;
 use collective_store::{Encoding, encode};
@@ -43,21 +43,6 @@ impl BaseReader for Contents {
     }
 }
 
-struct Memory(Vec<u8>);
-
-impl DiskReader for Memory {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
-}
-
 /// The packs of a small disk, and those of its successor: plain frames and pages, and differences.
 fn published() -> (Vec<Pack>, Vec<Pack>, HashMap<Digest, Vec<u8>>) {
     let old: Vec<u8> = (0..2).flat_map(|block| Dice::new(block).bytes(4096)).chain([0; 8192]).collect();
@@ -66,7 +51,7 @@ fn published() -> (Vec<Pack>, Vec<Pack>, HashMap<Digest, Vec<u8>>) {
     new[9000..9100].fill(7);
     let mut first = Sink::default();
     let mut publisher = Publisher::new(KnownBlocks::default(), &mut first);
-    publisher.add(&Memory(old), &[], &Trace::default(), &|_| {}).unwrap();
+    publisher.add(&old, &[], &Trace::default(), &|_| {}).unwrap();
     publisher.finish().unwrap();
     let mut contents = HashMap::new();
     for pack in &first.0 {
@@ -78,7 +63,7 @@ fn published() -> (Vec<Pack>, Vec<Pack>, HashMap<Digest, Vec<u8>>) {
     first.0.iter().for_each(|pack| known.learn(&pack.digest, &PackHashes::of(&pack.bytes).unwrap()));
     let (mut second, contents) = (Sink::default(), Contents(contents));
     let mut publisher = Publisher::new(known, &mut second).with_bases(&contents);
-    publisher.add(&Memory(new), &[], &Trace::default(), &|_| {}).unwrap();
+    publisher.add(&new, &[], &Trace::default(), &|_| {}).unwrap();
     publisher.finish().unwrap();
     (first.0, second.0, contents.0)
 }

@@ -101,7 +101,8 @@ impl OwnerKey {
 
     /// Reads an exported key file.
     pub fn read(path: &Path) -> Result<Self, OwnerKeyError> {
-        let text = read_line(path)?.ok_or_else(|| file_error(path)(io::ErrorKind::NotFound.into()))?;
+        let missing = || file_error(path)(io::Error::new(io::ErrorKind::NotFound, "there is no such file"));
+        let text = read_line(path)?.ok_or_else(missing)?;
         parse(path, &text, EXPORTED).map(Self)
     }
 

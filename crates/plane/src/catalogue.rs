@@ -249,7 +249,6 @@ impl Plane {
     }
 }
 
-/// The depot as a source, for the check of completeness.
 /// Frames and pages of a disk whose image is `map`.
 pub(crate) fn needed(map: &ImageMap, disk: &Disk) -> Vec<Digest> {
     map.frames().chain(map.pages().iter().copied()).chain(disk.boot).collect()

@@ -65,6 +65,12 @@ impl Plane {
             return Ok(());
         }
         let _alone = self.inner.collecting.lock().await;
+        self.end_removal(appliance, pack).await
+    }
+
+    /// Brings a removal that was broken off to its end, for whoever holds the lock of the collector and is about to use the
+    /// pack's name again.
+    pub(crate) async fn end_removal(&self, appliance: &ApplianceName, pack: &Digest) -> Answer<()> {
         if self.database().condemned(appliance, pack).await? == Condemned::Removing {
             self.remove(appliance, pack).await?;
         }

@@ -4,23 +4,19 @@ use std::ops::Range;
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, State};
-use axum::http::header::{CONNECTION, CONTENT_RANGE, RANGE, UPGRADE};
+use axum::http::header::{CONNECTION, UPGRADE};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post, put};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use bytes::Bytes;
 use collective_api::{
-    ApplianceView, ChannelHead, Collected, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView,
-    JoinAnswer, JoinRequest, KeyUpdate, LaunchRequest, NewToken, OperationRequest, OperationView, PackWaste,
-    PlaneStatus, PowerRequest, PublishVersion, Repacked, StoreStatus, StoreView, TUNNEL_PROTOCOL, TokenView,
-    TunnelAnswer, TunnelTarget, VersionDetail, VersionView,
+    Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer, JoinRequest, LaunchRequest,
+    NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StoreStatus, TUNNEL_PROTOCOL, TokenView,
+    TunnelAnswer, TunnelTarget,
 };
-use collective_keys::Signed;
-use collective_model::{ApplianceName, Digest, Name, OperationId, TunnelId};
+use collective_model::{Name, OperationId, TunnelId};
 use collective_store::depot::DepotError;
-use collective_store::pack::MAX_PACK_BYTES;
 use hyper::upgrade::OnUpgrade;
 use serde::Deserialize;
 
@@ -35,21 +31,8 @@ const MAX_JSON: usize = 4 << 20;
 const MAX_WAIT: Duration = Duration::from_secs(20);
 
 pub(crate) fn router(plane: Plane) -> Router {
-    let packs = Router::new()
-        .route("/v1/appliances/{publisher}/{name}/packs/{pack}", put(put_pack).get(get_pack))
-        .layer(DefaultBodyLimit::max(MAX_PACK_BYTES as usize));
     Router::new()
         .route("/v1/status", get(status))
-        .route("/v1/appliances", get(search))
-        .route("/v1/appliances/{publisher}/{name}/versions", post(publish))
-        .route("/v1/appliances/{publisher}/{name}/channels/{channel}", put(set_channel).get(get_channel))
-        .route("/v1/publishers/{publisher}/key", post(change_key))
-        .route("/v1/resolve", get(resolve))
-        .route("/v1/appliances/{publisher}/{name}/leases/{id}", put(hold_lease).delete(end_lease))
-        .route("/v1/versions/{version}", get(version).delete(withdraw))
-        .route("/v1/store", get(store))
-        .route("/v1/store/collect", post(collect))
-        .route("/v1/store/repack", get(wasted).post(repack))
         .route("/v1/tokens", post(create_token))
         .route("/v1/hosts", get(hosts))
         .route("/v1/hosts/join", post(join))
@@ -64,8 +47,9 @@ pub(crate) fn router(plane: Plane) -> Router {
         .route("/v1/instances/{name}/history", get(history))
         .route("/v1/instances/{name}/tunnel", post(open_tunnel))
         .route("/v1/operations/{id}", get(operation))
+        .merge(crate::http_store::routes())
         .layer(DefaultBodyLimit::max(MAX_JSON))
-        .merge(packs)
+        .merge(crate::http_store::pack_routes())
         .merge(crate::http_private::routes())
         .fallback(async || Failure::missing("there is no such path; are the versions of plane and client the same?"))
         .with_state(plane)
@@ -78,8 +62,17 @@ where
     text.parse().map_err(|error| Failure::invalid(format!("{error}")))
 }
 
-fn appliance(publisher: &str, name: &str) -> Answer<ApplianceName> {
-    parse(&format!("{publisher}/{name}"))
+/// The bytes that `bytes=FIRST-LAST` means; at least one.
+pub(crate) fn range_of(header: Option<&HeaderValue>) -> Answer<Range<u64>> {
+    let range = header.and_then(|range| range.to_str().ok()).and_then(|text| text.strip_prefix("bytes="));
+    let range = range.and_then(|text| text.split_once('-'));
+    let range = range.and_then(|(first, last)| Some((first.parse::<u64>().ok()?, last.parse::<u64>().ok()?)));
+    let (first, last) = range.ok_or_else(|| Failure::invalid("the range must be bytes=FIRST-LAST"))?;
+    let end = last.checked_add(1).ok_or_else(|| Failure::invalid("the range is too long"))?;
+    if first >= end {
+        return Err(DepotError::Range(first..end).into());
+    }
+    Ok(first..end)
 }
 
 /// `after` and `wait_ms`: answer when the plane's revision differs from `after`, or when time is over.
@@ -113,175 +106,6 @@ async fn status(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Plane
             trouble: plane.depot().trouble().map(|trouble| trouble.to_string()),
         },
     }))
-}
-
-#[derive(Deserialize)]
-struct Search {
-    #[serde(default)]
-    query: String,
-}
-
-async fn search(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Query(search): Query<Search>,
-) -> Answer<Json<Vec<ApplianceView>>> {
-    caller.reader()?;
-    Ok(Json(plane.search(&search.query).await?))
-}
-
-async fn publish(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path((publisher, name)): Path<(String, String)>,
-    Json(request): Json<PublishVersion>,
-) -> Answer<Json<VersionView>> {
-    caller.user()?;
-    Ok(Json(plane.publish(&appliance(&publisher, &name)?, request).await?))
-}
-
-async fn put_pack(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path((publisher, name, pack)): Path<(String, String, String)>,
-    body: Bytes,
-) -> Answer<Json<()>> {
-    caller.user()?;
-    let (appliance, pack) = (appliance(&publisher, &name)?, parse(&pack)?);
-    plane.make_way(&appliance, &pack).await?;
-    plane.depot().put_pack(&appliance, pack, body).await?;
-    Ok(Json(()))
-}
-
-async fn hold_lease(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path((publisher, name, id)): Path<(String, String, String)>,
-) -> Answer<Json<()>> {
-    caller.user()?;
-    Ok(Json(plane.hold_lease(&appliance(&publisher, &name)?, &id).await?))
-}
-
-async fn end_lease(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path((_, _, id)): Path<(String, String, String)>,
-) -> Answer<Json<()>> {
-    caller.user()?;
-    Ok(Json(plane.database().end_lease(&id).await?))
-}
-
-async fn withdraw(State(plane): State<Plane>, caller: Caller, Path(version): Path<String>) -> Answer<Json<()>> {
-    caller.user()?;
-    Ok(Json(plane.withdraw(&parse(&version)?).await?))
-}
-
-async fn store(State(plane): State<Plane>, caller: Caller) -> Answer<Json<StoreView>> {
-    caller.user()?;
-    Ok(Json(plane.store_view().await?))
-}
-
-async fn wasted(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Vec<PackWaste>>> {
-    caller.user()?;
-    Ok(Json(plane.wasted().await?))
-}
-
-async fn repack(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Repacked>> {
-    caller.user()?;
-    Ok(Json(plane.repack().await?))
-}
-
-async fn collect(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Collected>> {
-    caller.user()?;
-    Ok(Json(plane.collect().await?))
-}
-
-/// A pack's bytes by range; without one, its size as JSON.
-async fn get_pack(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path((publisher, name, pack)): Path<(String, String, String)>,
-    headers: HeaderMap,
-) -> Answer<Response> {
-    caller.reader()?;
-    let (appliance, pack) = (appliance(&publisher, &name)?, parse::<Digest>(&pack)?);
-    let Some(range) = headers.get(RANGE) else {
-        return Ok(Json(plane.pack_in_use(&appliance, &pack).await?).into_response());
-    };
-    let range = range_of(Some(range))?;
-    let bytes = plane.depot().read(&appliance, &pack, range.clone()).await?;
-    let range = [(CONTENT_RANGE, format!("bytes {}-{}/*", range.start, range.end - 1))];
-    Ok((StatusCode::PARTIAL_CONTENT, range, bytes).into_response())
-}
-
-/// The bytes that `bytes=FIRST-LAST` means; at least one.
-pub(crate) fn range_of(header: Option<&HeaderValue>) -> Answer<Range<u64>> {
-    let range = header.and_then(|range| range.to_str().ok()).and_then(|text| text.strip_prefix("bytes="));
-    let range = range.and_then(|text| text.split_once('-'));
-    let range = range.and_then(|(first, last)| Some((first.parse::<u64>().ok()?, last.parse::<u64>().ok()?)));
-    let (first, last) = range.ok_or_else(|| Failure::invalid("the range must be bytes=FIRST-LAST"))?;
-    let end = last.checked_add(1).ok_or_else(|| Failure::invalid("the range is too long"))?;
-    if first >= end {
-        return Err(DepotError::Range(first..end).into());
-    }
-    Ok(first..end)
-}
-
-async fn set_channel(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path((publisher, name, channel)): Path<(String, String, String)>,
-    Json(pointer): Json<Signed>,
-) -> Answer<Json<()>> {
-    caller.user()?;
-    Ok(Json(plane.set_channel(&appliance(&publisher, &name)?, &parse(&channel)?, pointer).await?))
-}
-
-async fn get_channel(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path((publisher, name, channel)): Path<(String, String, String)>,
-) -> Answer<Json<ChannelHead>> {
-    caller.reader()?;
-    let row = plane.channel(&appliance(&publisher, &name)?, &parse(&channel)?).await?;
-    Ok(Json(ChannelHead { pointer: row.pointer }))
-}
-
-async fn change_key(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path(publisher): Path<String>,
-    Json(update): Json<KeyUpdate>,
-) -> Answer<Json<()>> {
-    caller.user()?;
-    Ok(Json(plane.change_key(&parse(&publisher)?, update).await?))
-}
-
-#[derive(Deserialize)]
-struct Resolve {
-    reference: String,
-}
-
-async fn resolve(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Query(query): Query<Resolve>,
-) -> Answer<Json<VersionDetail>> {
-    caller.reader()?;
-    let row = plane.resolve(&parse(&query.reference)?).await?;
-    Ok(Json(plane.detail(row).await?))
-}
-
-async fn version(
-    State(plane): State<Plane>,
-    caller: Caller,
-    Path(version): Path<String>,
-) -> Answer<Json<VersionDetail>> {
-    caller.reader()?;
-    let digest: Digest = parse(&version)?;
-    let row = plane.database().version(&digest).await?;
-    let row = row.ok_or_else(|| Failure::missing(format!("version {digest} is not published here")))?;
-    Ok(Json(plane.detail(row).await?))
 }
 
 async fn create_token(

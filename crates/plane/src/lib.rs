@@ -13,6 +13,7 @@ mod database;
 mod hosts;
 mod http;
 mod http_private;
+mod http_store;
 mod instances;
 mod place;
 mod private;

@@ -40,53 +40,65 @@ impl Uses {
         directory
     }
 
-    /// Packs of which less than half is used.
-    fn wasteful(&self) -> Vec<(PackWaste, Directory)> {
+    /// Packs of which less than half is used, apart from their directories: of these there would be one again.
+    fn wasteful(&self) -> Vec<PackWaste> {
         let waste = |(info, directory): &(PackInfo, Directory)| {
-            let used = self.keep(directory.clone());
-            let bodies = used.entries.iter().chain(used.deltas.iter().map(|delta| &delta.entry));
-            let used_bytes: u64 = bodies.map(|entry| u64::from(entry.stored)).sum();
-            let waste =
-                PackWaste { appliance: self.appliance.clone(), digest: info.digest, size: info.size, used_bytes };
-            (used_bytes * 2 < info.size).then_some((waste, used))
+            let used_bytes = bodies(&self.keep(directory.clone()));
+            (used_bytes * 2 < bodies(directory)).then(|| PackWaste {
+                appliance: self.appliance.clone(),
+                digest: info.digest,
+                size: info.size,
+                used_bytes,
+            })
         };
         self.packs.iter().filter_map(waste).collect()
     }
 }
 
+/// Bytes of all frames and pages in a pack, as they are stored.
+fn bodies(directory: &Directory) -> u64 {
+    let entries = directory.entries.iter().chain(directory.deltas.iter().map(|delta| &delta.entry));
+    entries.map(|entry| u64::from(entry.stored)).sum()
+}
+
 /// New packs being filled.
 struct Writer<'a> {
     plane: &'a Plane,
-    appliance: &'a ApplianceName,
+    uses: &'a Uses,
     plain: PackBuilder,
     deltas: PackBuilder,
     written: Vec<Digest>,
 }
 
 impl Writer<'_> {
-    /// Takes over what is used of a pack.
-    async fn copy(&mut self, bytes: &[u8], used: &Directory) -> Answer<()> {
-        let body = |entry: &Body| {
-            let range = entry.range();
-            let body = bytes.get(range.start as usize..range.end as usize);
-            body.ok_or_else(|| Failure::internal(format!("a pack of {} is shorter than it says", self.appliance)))
-        };
-        for entry in &used.entries {
-            self.plain.add(entry.kind, entry.digest, entry.encoding, body(entry)?, entry.length);
+    /// Takes over what is used of a pack. Nothing but its name vouches for its directory and for differences: one that is
+    /// damaged would lose what it has.
+    async fn copy(&mut self, pack: &Digest, bytes: &[u8]) -> Answer<()> {
+        let unsound = |why: &dyn std::fmt::Display| damaged(&self.uses.appliance, pack, why);
+        if Digest::of(bytes) != *pack {
+            return Err(unsound(&"its bytes are not what its name says"));
         }
-        for delta in &used.deltas {
+        let used = self.uses.keep(pack::directory(bytes).map_err(|error| unsound(&error))?);
+        // Of a whole pack, so that all entries lie within it.
+        let body = |entry: &Body| &bytes[entry.offset as usize..][..entry.stored as usize];
+        for entry in &used.entries {
+            self.plain.add(entry.kind, entry.digest, entry.encoding, body(entry), entry.length);
+        }
+        for delta in used.deltas {
             let entry = &delta.entry;
-            self.deltas.add_delta(entry.kind, entry.digest, body(entry)?, entry.length, delta.bases.clone());
+            self.deltas.add_delta(entry.kind, entry.digest, body(entry), entry.length, delta.bases);
         }
         self.put(TARGET_PACK_BYTES).await
     }
 
     /// Stores the packs that have reached `limit`. The depot checks every frame of them first.
     async fn put(&mut self, limit: usize) -> Answer<()> {
+        let appliance = &self.uses.appliance;
         for builder in [&mut self.plain, &mut self.deltas] {
             if !builder.is_empty() && builder.len() >= limit {
                 let Pack { digest, bytes, .. } = std::mem::take(builder).finish();
-                self.plane.depot().put_pack(self.appliance, digest, bytes.into()).await?;
+                self.plane.end_removal(appliance, &digest).await?;
+                self.plane.depot().put_pack(appliance, digest, bytes.into()).await?;
                 self.written.push(digest);
             }
         }
@@ -99,7 +111,7 @@ impl Plane {
     pub(crate) async fn wasted(&self) -> Answer<Vec<PackWaste>> {
         let mut wasted = Vec::new();
         for uses in self.uses().await? {
-            wasted.extend(uses.wasteful().into_iter().map(|(waste, _)| waste));
+            wasted.extend(uses.wasteful());
         }
         Ok(wasted)
     }
@@ -115,21 +127,21 @@ impl Plane {
                 continue;
             }
             let (plain, deltas) = Default::default();
-            let mut writer = Writer { plane: self, appliance: &uses.appliance, plain, deltas, written: Vec::new() };
-            for (waste, used) in &wasteful {
-                let bytes = self.depot().read(&uses.appliance, &waste.digest, 0..waste.size).await?;
-                writer.copy(&bytes, used).await?;
+            let mut writer = Writer { plane: self, uses: &uses, plain, deltas, written: Vec::new() };
+            for PackWaste { digest, size, .. } in &wasteful {
+                let bytes = self.depot().read(&uses.appliance, digest, 0..*size).await?;
+                writer.copy(digest, &bytes).await?;
             }
             writer.put(0).await?;
             let mut new = Vec::new();
             for digest in writer.written {
                 new.push(self.depot().pack_info(&uses.appliance, &digest).await?);
             }
-            let old: HashSet<Digest> = wasteful.iter().map(|(waste, _)| waste.digest).collect();
+            let old: HashSet<Digest> = wasteful.iter().map(|waste| waste.digest).collect();
             let versions: Vec<Digest> = uses.versions.iter().map(|row| row.digest).collect();
             self.database().replace_packs(&versions, &old, &new).await?;
             repacked.bytes_written += new.iter().map(|info| info.size).sum::<u64>();
-            repacked.packs.extend(wasteful.into_iter().map(|(waste, _)| waste));
+            repacked.packs.extend(wasteful);
         }
         Ok(repacked)
     }
@@ -173,10 +185,14 @@ impl Plane {
     }
 
     async fn directory(&self, appliance: &ApplianceName, info: &PackInfo) -> Answer<Directory> {
-        let unsound = |error| Failure::internal(format!("pack {} of {appliance}: {error}", info.digest));
         let info = self.depot().pack_info(appliance, &info.digest).await?;
         let start = info.size - info.directory;
         let tail = self.depot().read(appliance, &info.digest, start..info.size).await?;
-        pack::parse_directory(&tail, start).map_err(unsound)
+        pack::parse_directory(&tail, start).map_err(|error| damaged(appliance, &info.digest, &error))
     }
+}
+
+fn damaged(appliance: &ApplianceName, pack: &Digest, why: &dyn std::fmt::Display) -> Failure {
+    let mend = "`collective store check --repair` repairs it from another copy";
+    Failure::internal(format!("pack {pack} of {appliance} is damaged: {why}; {mend}"))
 }

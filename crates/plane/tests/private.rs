@@ -13,7 +13,7 @@ use collective_keys::{OwnerKey, SigningKey};
 use collective_model::{Digest, Generation, InstanceId, OperationState, Timestamp};
 use collective_store::PackInfo;
 use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::seal::Seal;
 use collective_store::trace::Trace;
 
@@ -114,21 +114,6 @@ fn backup(operation: &str, instance: &InstanceId, key: &OwnerKey, packs: &[Diges
     }
 }
 
-struct Blocks(u8);
-
-impl DiskReader for Blocks {
-    fn read_exact_at(&self, _: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-        buffer.fill(self.0 + 1);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        8192
-    }
-    fn next_data(&self, offset: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
-        Ok((offset < 8192).then_some(offset..8192))
-    }
-}
-
 struct Last(Option<Pack>);
 
 impl PackSink for Last {
@@ -144,7 +129,7 @@ fn cut(seed: u8, key: Option<&OwnerKey>) -> Pack {
     if let Some(key) = key {
         publisher = publisher.sealing(Arc::new(Seal::new(key.bytes())));
     }
-    publisher.add(&Blocks(seed), &[], &Trace::default(), &|_| {}).unwrap();
+    publisher.add(&vec![seed + 1; 8192], &[], &Trace::default(), &|_| {}).unwrap();
     publisher.finish().unwrap();
     sink.0.unwrap()
 }

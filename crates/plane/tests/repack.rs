@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::trace::Trace;
 use collective_store::{BLOCK, FRAME_BLOCKS};
 
@@ -21,21 +20,6 @@ use common::crowd::collect;
 use common::{Site, manifest, sign};
 
 const FRAME: usize = FRAME_BLOCKS * BLOCK as usize;
-
-struct Memory<'a>(&'a [u8]);
-
-impl DiskReader for Memory<'_> {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> std::io::Result<Option<Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
-}
 
 #[derive(Default)]
 struct Collected(Vec<(Pack, PackHashes)>);
@@ -66,7 +50,7 @@ async fn publish(
     let mut sink = Collected::default();
     let (image, packs) = {
         let mut publisher = Publisher::new(blocks, &mut sink);
-        let image = publisher.add(&Memory(disk), &[], &Trace::default(), &|_| {}).unwrap();
+        let image = publisher.add(&disk.to_vec(), &[], &Trace::default(), &|_| {}).unwrap();
         (image, publisher.finish().unwrap().0)
     };
     for (pack, hashes) in sink.0 {
@@ -148,4 +132,22 @@ async fn what_is_used_of_an_old_pack_stays_and_the_rest_goes() {
         map.frames().for_each(|frame| store.cache().remove(&frame).unwrap());
         assert!(read(&store, &v2, &key).await.unwrap() == second, "{frames}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_pack_that_is_mostly_directory_is_left_alone() {
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let mut known = Vec::new();
+    let first = noise(1, b"first");
+    let second = [&[7; BLOCK as usize], &first[BLOCK as usize..]].concat();
+    let v1 = publish(&site, &key, "1", &first, &mut known).await;
+    let v2 = publish(&site, &key, "2", &second, &mut known).await;
+    let repacked: Repacked = site.user.post("/v1/store/repack", &()).await.unwrap();
+    let collected = collect(&site).await;
+    let folder = tempfile::tempdir().unwrap();
+    for (manifest, disk) in [(v1, first), (v2, second)] {
+        assert!(read(&reader(&site, folder.path(), "a"), &manifest, &key).await.unwrap() == disk);
+    }
+    assert_eq!((repacked.packs, collected.removed.len()), (vec![], 0));
 }

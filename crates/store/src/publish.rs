@@ -6,6 +6,7 @@
 //! (docs/adr/0008). The same disk against the same known blocks gives the same packs, byte for byte: that is what
 //! makes an interrupted publish resumable.
 
+mod disk;
 mod index;
 
 use std::collections::{HashMap, HashSet};
@@ -26,6 +27,7 @@ use crate::{BLOCK, FRAME_BLOCKS, PART_BLOCKS};
 use index::{Extent, push_extent};
 
 pub use crate::known::{KnownBlocks, PackHashes};
+pub use disk::DiskReader;
 
 /// Read at once: two leaves' worth.
 const STEP_BLOCKS: u64 = 4096;
@@ -33,35 +35,6 @@ const STEP_BLOCKS: u64 = 4096;
 const BATCH_BYTES: usize = 16 << 20;
 /// Frames that become differences at once: their bases are in memory, at most 48 MiB.
 const DELTA_FRAMES: usize = 16;
-
-/// A disk to publish.
-pub trait DiskReader: Sync {
-    /// Fills `buffer` from `offset`; the last block is padded with zeros by the caller.
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
-    /// In bytes.
-    fn size(&self) -> u64;
-    /// The first range at or after `offset` that may hold something else than zeros, as a hint.
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
-}
-
-impl DiskReader for std::fs::File {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        std::os::unix::fs::FileExt::read_exact_at(self, buffer, offset)
-    }
-    fn size(&self) -> u64 {
-        self.metadata().map_or(0, |meta| meta.len())
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        use rustix::fs::SeekFrom;
-        match rustix::fs::seek(self, SeekFrom::Data(offset)) {
-            Ok(start) => Ok(Some(start..rustix::fs::seek(self, SeekFrom::Hole(start))?)),
-            Err(rustix::io::Errno::NXIO) => Ok(None),
-            // A file system without holes: everything may be data.
-            Err(rustix::io::Errno::INVAL) => Ok((offset < self.size()).then(|| offset..self.size())),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
 
 /// Takes finished packs away, in order.
 pub trait PackSink {

@@ -13,7 +13,7 @@ use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, Publisher};
 use collective_store::trace::Trace;
 use collective_testkit::{Damage, Dice, damage_files};
 
-use common::{Memory, Published, Seed, Sink, cross, folder, process, published, run, seeds};
+use common::{Published, Seed, Sink, cross, folder, process, published, run, seeds};
 
 /// Frames of the first version, through the maker's cache.
 struct Bases(FrameStore);
@@ -65,7 +65,7 @@ fn damaged_memory_changes_nothing_that_is_published() {
         let bases = Bases(run(process(folder.path(), u64::MAX)).1);
         let mut sink = Sink::default();
         let mut publisher = Publisher::new(known, &mut sink).with_bases(&bases);
-        let image = publisher.add(&Memory(&second.disk), &[], &Trace::default(), &|_| {}).unwrap();
+        let image = publisher.add(&second.disk, &[], &Trace::default(), &|_| {}).unwrap();
         let (needed, _) = publisher.finish().unwrap();
         assert_eq!(image, second.image);
         assert!(needed.iter().eq(lists[&second.name].iter().map(|info| &info.digest)));

@@ -11,7 +11,7 @@ use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::{self, Pack};
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher, Summary};
 use collective_store::seal::{self, Seal};
 use collective_store::trace::Trace;
 use collective_store::{BLOCK, PackInfo, Source, SourceError};
@@ -67,21 +67,6 @@ impl Source for View {
     }
 }
 
-struct Memory(Vec<u8>);
-
-impl DiskReader for Memory {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
-}
-
 fn seal(owner: u8) -> Arc<Seal> {
     Arc::new(Seal::new(&[owner; 32]))
 }
@@ -94,7 +79,7 @@ fn store(objects: &Objects, disk: &[u8], seal: &Arc<Seal>, before: &[Digest]) ->
     }
     let mut sink = Sink(objects, seal);
     let mut publisher = Publisher::new(known, &mut sink).sealing(seal.clone());
-    let image = publisher.add(&Memory(disk.to_vec()), &[], &Trace::default(), &|_| {}).unwrap();
+    let image = publisher.add(&disk.to_vec(), &[], &Trace::default(), &|_| {}).unwrap();
     let (packs, summary) = publisher.finish().unwrap();
     (image, packs, summary)
 }

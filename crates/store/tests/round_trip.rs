@@ -13,7 +13,7 @@ use collective_store::depot::Depot;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::{self, Pack};
-use collective_store::publish::{BaseReader, DiskReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
+use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
 use collective_store::trace::Trace;
 use collective_store::{BLOCK, PackInfo, Source, SourceError};
 use futures_util::future::BoxFuture;
@@ -84,21 +84,6 @@ impl Source for Shelf {
     }
 }
 
-struct Memory(Vec<u8>);
-
-impl DiskReader for Memory {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
-}
-
 fn appliance() -> ApplianceName {
     "demo/notes".parse().unwrap()
 }
@@ -128,7 +113,7 @@ fn publish(shelf: &Shelf, disk: &[u8], version: Digest, base: Option<Digest>) ->
     let mut sink = ShelfSink(shelf);
     let contents = Contents(contents);
     let mut publisher = Publisher::new(known, &mut sink).with_bases(&contents);
-    let image = publisher.add(&Memory(disk.to_vec()), &[], &Trace::default(), &|_| {}).unwrap();
+    let image = publisher.add(&disk.to_vec(), &[], &Trace::default(), &|_| {}).unwrap();
     let (packs, summary) = publisher.finish().unwrap();
     let infos = packs.into_iter().map(|digest| info(shelf, digest)).collect();
     shelf.lists.lock().unwrap().insert(version, infos);
@@ -462,7 +447,7 @@ fn unused_ranges_become_zeros() {
     let mut sink = ShelfSink(&shelf);
     let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
     let unused = [10 * BLOCK..20 * BLOCK, 50 * BLOCK..51 * BLOCK];
-    let image = publisher.add(&Memory(disk.clone()), &unused, &Trace::default(), &|_| {}).unwrap();
+    let image = publisher.add(&disk, &unused, &Trace::default(), &|_| {}).unwrap();
     let (packs, summary) = publisher.finish().unwrap();
     assert_eq!(summary.used_bytes, 89 * BLOCK);
     let list = vec![info(&shelf, packs[0])];

@@ -50,8 +50,9 @@ struct State {
     dice: Dice,
     percent: u64,
     operations: u64,
-    /// Which operation is the last one, and what to do at that instant.
-    last: Option<(u64, AtDeath)>,
+    /// How many operations are left before the last one, whether only those count that change something, and what to do
+    /// at that instant.
+    last: Option<(u64, bool, AtDeath)>,
     dead: bool,
     removed: Vec<(Path, Bytes)>,
     happened: BTreeMap<ObjectFault, u64>,
@@ -116,8 +117,12 @@ impl Objects {
 
     /// The process dies in the operation that comes after so many others; `at_death` is called at that instant.
     pub fn die_after(&self, operations: u64, at_death: impl FnOnce() + Send + 'static) {
-        let state = &mut *self.state();
-        state.last = Some((state.operations + operations, Box::new(at_death)));
+        self.state().last = Some((operations, false, Box::new(at_death)));
+    }
+
+    /// The same, in one that changes something, after so many such.
+    pub fn die_after_changes(&self, changes: u64, at_death: impl FnOnce() + Send + 'static) {
+        self.state().last = Some((changes, true, Box::new(at_death)));
     }
 
     /// Dies now, if it has not.
@@ -176,7 +181,7 @@ impl Objects {
     fn mark_dead(&self) -> Option<AtDeath> {
         let state = &mut *self.state();
         state.dead = true;
-        state.last.take().map(|(_, at_death)| at_death)
+        state.last.take().map(|(_, _, at_death)| at_death)
     }
 
     /// Decides; never returns once the process is dead.
@@ -184,9 +189,17 @@ impl Objects {
         let decided = {
             let state = &mut *self.state();
             state.operations += 1;
-            let last = state.last.as_ref().is_some_and(|(last, _)| state.operations > *last);
             // Most operations read, and what is written decides what is there afterwards.
-            let percent = if may.contains(&Lost) { 3 * state.percent } else { state.percent };
+            let changes = may.contains(&Lost);
+            let last = match &mut state.last {
+                Some((left, only_changes, _)) if changes || !*only_changes => {
+                    let last = *left == 0;
+                    *left = left.saturating_sub(1);
+                    last
+                }
+                _ => false,
+            };
+            let percent = if changes { 3 * state.percent } else { state.percent };
             let fails = state.dice.percent(percent) || (last && state.dice.percent(60));
             let fault = (fails && !may.is_empty()).then(|| *state.dice.pick(may));
             if let Some(fault) = fault {

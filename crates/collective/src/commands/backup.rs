@@ -154,6 +154,9 @@ impl List {
             let rows: Vec<_> = backups.iter().map(row).collect();
             table(ui, &["ID", "INSTANCE", "TAKEN", "VERSION", "IN USE", "STORED", "NEW"], &rows);
         });
+        if let (true, Some(name)) = (backups.is_empty(), &self.name) {
+            ui.hint(format!("there is no backup of {name}; `collective backup list` shows those of others"));
+        }
         Ok(())
     }
 }

@@ -103,12 +103,8 @@ impl Show {
             ui.line(format!("  digest    {}", detail.manifest.digest()));
             ui.line(format!("  signed by {}", detail.manifest.key));
             ui.line(format!("  published {}", manifest.created));
-            ui.line(format!(
-                "  machine   {} cpus, {} MiB, {:?}",
-                hardware.cpus,
-                hardware.memory.0 >> 20,
-                hardware.firmware
-            ));
+            let firmware = format!("{:?}", hardware.firmware).to_lowercase();
+            ui.line(format!("  machine   {} cpus, {} MiB, {firmware}", hardware.cpus, hardware.memory.0 >> 20));
             for disk in &manifest.disks {
                 let role = format!("{:?}", disk.role).to_lowercase();
                 ui.line(format!("  disk      {} ({role}), {}", disk.name, ByteSize(disk.size.0)));

@@ -88,11 +88,11 @@ impl Import {
         ui.data(&value, |ui| {
             let (hardware, folder) = (&recipe.hardware, imported.folder.display());
             ui.line(format!("imported {} into {folder}", recipe.appliance()));
+            let firmware = format!("{:?}", hardware.firmware).to_lowercase();
             ui.line(format!(
-                "  {} cpus, {} MiB, {:?}, {} disks",
+                "  {} cpus, {} MiB, {firmware}, {} disks",
                 hardware.cpus,
                 hardware.memory.0 >> 20,
-                hardware.firmware,
                 recipe.disks.len()
             ));
         });

@@ -66,7 +66,10 @@ impl Mount {
         });
         ui.hint("Ctrl-C ends it");
         stop.await;
-        volume.unmount().with_context(|| format!("{} is in use", self.dir.display()))
+        let dir = self.dir.display();
+        volume.unmount().with_context(|| {
+            format!("{dir} was in use: unmount what was opened from there, then run `umount {dir}`, for nothing can be read there now")
+        })
     }
 }
 

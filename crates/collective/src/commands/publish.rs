@@ -3,31 +3,31 @@
 //! Interrupted at any instant, it is simply repeated: packs are made the same way again, those that arrived are not
 //! sent again, and the version becomes visible with its manifest, which comes last.
 
-use std::collections::{BTreeMap, HashSet};
+mod known;
+
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
-use collective_api::{ApplianceView, ChannelHead, Client, PlaneStore, PublishVersion, VersionDetail, VersionView};
+use anyhow::{Context, Result, anyhow};
+use collective_api::{ApplianceView, ChannelHead, Client, PublishVersion, VersionDetail, VersionView};
 use collective_keys::{ChannelPointer, Kind, Signed, SigningKey};
 use collective_maker::{PreparedDisk, open_disks, read_recipe};
 use collective_model::{
     ApplianceName, ByteSize, Digest, Disk, Hardware, MANIFEST_FORMAT, Manifest, Name, Recipe, Timestamp, VersionName,
 };
-use collective_store::cache::Cache;
-use collective_store::fetch::FrameStore;
-use collective_store::image::ImageMap;
 use collective_store::pack::Pack;
-use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, PackSink, Publisher, Summary};
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher, Summary};
 use collective_store::trace::Trace;
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 
-use crate::connect::{cache_dir, config_dir};
+use crate::connect::config_dir;
 use crate::ui::Ui;
+use known::{Bases, hashes_path, known_blocks, remember};
 
 /// What `collective trace` writes into the folder of a version.
 pub(super) const BOOT_FILE: &str = "boot.json";
@@ -76,11 +76,6 @@ impl Publish {
             anyhow!("{} names no version: add `version = \"1\"` or use --as", self.dir.join("appliance.toml").display())
         })?;
         let appliance = recipe.appliance();
-        let (key, created) = SigningKey::load_or_create(&key_path(&recipe.publisher))?;
-        if created {
-            let path = key_path(&recipe.publisher);
-            ui.hint(format!("made a key for publisher \"{}\": {} (keep a copy)", recipe.publisher, path.display()));
-        }
         let disks = open_disks(&self.dir, &recipe)?;
         let boot = boot_traces(&self.dir)?;
         for (disk, note) in
@@ -90,6 +85,11 @@ impl Publish {
         }
         // Before anything is compared: what is there now stays until this has ended.
         let lease = Lease::hold(client, &appliance).await?;
+        let (key, created) = SigningKey::load_or_create(&key_path(&recipe.publisher))?;
+        if created {
+            let path = key_path(&recipe.publisher);
+            ui.hint(format!("made a key for publisher \"{}\": {} (keep a copy)", recipe.publisher, path.display()));
+        }
         let published = find(client, &appliance).await?;
         // A publish that is repeated is compared with itself, so that it gives the same manifest, whoever published since.
         let same = |view: &&VersionView| view.version == version;
@@ -203,7 +203,8 @@ fn show(ui: &Ui, channel: &Name, published: &Published) {
             ));
         }
     });
-    ui.hint(format!("next: collective launch {appliance}"));
+    let label = if channel.as_str() == "stable" { String::new() } else { format!(":{channel}") };
+    ui.hint(format!("next: collective launch {appliance}{label}"));
 }
 
 pub(super) fn key_path(publisher: &Name) -> PathBuf {
@@ -234,99 +235,6 @@ fn manifest(recipe: &Recipe, version: &VersionName, disks: Vec<Disk>) -> Manifes
         settings: recipe.settings.clone(),
         cloud_init: recipe.cloud_init.clone(),
         ssh: recipe.ssh.clone(),
-    }
-}
-
-/// What a version has, as a rule the newest, read back and verified, or remembered from when it was; and a way to its
-/// frames.
-async fn known_blocks(
-    ui: &Ui,
-    client: &Client,
-    appliance: &ApplianceName,
-    base: Digest,
-) -> Result<(KnownBlocks, Option<Bases>)> {
-    let detail: VersionDetail = client.get(&format!("/v1/versions/{base}")).await?;
-    let bases = Bases::of(client, appliance, &detail).await?;
-    let mut known = KnownBlocks::new(bases.frames.clone());
-    let bar = ui.bytes("comparing", detail.packs.iter().map(|pack| pack.size).sum());
-    for pack in &detail.packs {
-        let path = hashes_path(&pack.digest);
-        let remembered = std::fs::read(&path).ok().and_then(|bytes| PackHashes::decode(&bytes));
-        let hashes = match remembered {
-            Some(hashes) => hashes,
-            None => {
-                let url = format!("/v1/appliances/{appliance}/packs/{}", pack.digest);
-                let bytes = client.get_range(&url, 0..pack.size).await?;
-                if Digest::of(&bytes) != pack.digest {
-                    bail!("pack {} came back damaged from the store; run `collective verify {appliance}`", pack.digest);
-                }
-                let hashes = PackHashes::of(&bytes).with_context(|| format!("pack {}", pack.digest))?;
-                remember(&path, &hashes);
-                hashes
-            }
-        };
-        known.learn(&pack.digest, &hashes);
-        bar.inc(pack.size);
-    }
-    bar.finish_and_clear();
-    Ok((known, Some(bases)))
-}
-
-/// The frames and pages of the newest version, read from the store through a cache of the maker's own.
-struct Bases {
-    frames: HashSet<Digest>,
-    store: FrameStore,
-    runtime: Handle,
-}
-
-impl Bases {
-    /// Bytes of frames that stay for the next publish.
-    const KEPT: u64 = 1 << 30;
-
-    async fn of(client: &Client, appliance: &ApplianceName, detail: &VersionDetail) -> Result<Self> {
-        let manifest = Manifest::parse(detail.manifest.payload.as_bytes())?;
-        let source = PlaneStore::new(Arc::new(client.another()), &cache_dir().join("versions"));
-        let cache = Cache::open(&cache_dir()).context("cannot open the maker's cache")?;
-        let store = FrameStore::new(cache, Arc::new(source));
-        store.add_version(appliance, &detail.manifest.digest()).await;
-        let mut frames = HashSet::new();
-        for image in manifest.images() {
-            let map = ImageMap::load(&store, image).await?;
-            frames.extend(map.frames().chain(map.pages().iter().copied()));
-        }
-        Ok(Self { frames, store, runtime: Handle::current() })
-    }
-}
-
-impl BaseReader for Bases {
-    fn read(&self, frames: &[Digest]) -> io::Result<Vec<Vec<u8>>> {
-        let read = self.runtime.block_on(self.store.read_all(frames));
-        read.map_err(|error| io::Error::other(format!("cannot compare with the version before: {error}")))
-    }
-}
-
-impl Drop for Bases {
-    fn drop(&mut self) {
-        if let Err(error) = self.store.cache().evict(Self::KEPT, &HashSet::new()) {
-            tracing::debug!(%error, "the maker's cache cannot be trimmed");
-        }
-    }
-}
-
-fn hashes_path(pack: &Digest) -> PathBuf {
-    cache_dir().join("blocks").join(pack.to_string())
-}
-
-/// Only saves time later, so a failure is no failure.
-fn remember(path: &Path, hashes: &PackHashes) {
-    let part = path.with_extension(format!("part{}", std::process::id()));
-    let write = || -> io::Result<()> {
-        std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-        std::fs::write(&part, hashes.encode())?;
-        std::fs::rename(&part, path)
-    };
-    if let Err(error) = write() {
-        tracing::debug!(%error, "block hashes cannot be remembered");
     }
 }
 

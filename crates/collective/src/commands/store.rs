@@ -20,6 +20,8 @@ use crate::ui::{Ui, table};
 const STEP: u64 = 8 << 20;
 /// What is wrong with most.
 const OTHER_BYTES: &str = "its bytes are not what its name says";
+/// One damaged pack must not keep all others from being removed.
+const UNREAD: &str = "no pack is written again, as not all can be read; `collective store check` tells more";
 /// Packs looked at at once.
 const PACKS: usize = 4;
 
@@ -103,7 +105,10 @@ impl Prune {
         if self.yes {
             return remove(ui, client, &prunable).await;
         }
-        let wasted: Vec<PackWaste> = client.get("/v1/store/repack").await?;
+        let wasted: Vec<PackWaste> = client.get("/v1/store/repack").await.unwrap_or_else(|error| {
+            ui.hint(format!("{UNREAD}: {error}"));
+            Vec::new()
+        });
         let repackable: u64 = wasted.iter().map(|pack| pack.size - pack.used_bytes.min(pack.size)).sum();
         let private = |pack: &&PrivatePack| pack.backups.is_empty();
         let private: Vec<&PrivatePack> = view.private.iter().filter(private).collect();
@@ -141,7 +146,10 @@ async fn remove(ui: &Ui, client: &Client, prunable: &Prunable) -> Result<()> {
             done => done?,
         }
     }
-    let repacked: Repacked = client.post("/v1/store/repack", &()).await?;
+    let (repacked, unread) = match client.post::<Repacked>("/v1/store/repack", &()).await {
+        Ok(repacked) => (repacked, None),
+        Err(error) => (Repacked::default(), Some(error)),
+    };
     let collected: Collected = client.post("/v1/store/collect", &()).await?;
     let private: u64 = collected.private.iter().map(|pack| pack.size).sum();
     let (removed, waiting) = (bytes_of(&collected.removed) + private, bytes_of(&collected.waiting));
@@ -164,11 +172,12 @@ async fn remove(ui: &Ui, client: &Client, prunable: &Prunable) -> Result<()> {
     kept.iter().for_each(|why| ui.hint(why));
     if waiting > 0 {
         ui.hint(format!(
-            "{} stay until a publish that is under way has ended; the plane removes them by itself within the hour",
+            "{} stay for a publish that is under way, or was broken off just now; the plane removes them by itself within \
+             the hour",
             ByteSize(waiting)
         ));
     }
-    Ok(())
+    unread.map_or(Ok(()), |error| Err(error).context(UNREAD))
 }
 
 /// Look after the store of the plane
@@ -214,6 +223,9 @@ impl Store {
 
 impl Check {
     async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        if let Some(folder) = &self.from {
+            std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+        }
         let view: StoreView = client.get("/v1/store").await?;
         let total = bytes_of(&view.packs) + view.private.iter().map(|pack| pack.size).sum::<u64>();
         let bar = ui.bytes("checking", total);
@@ -240,7 +252,12 @@ impl Check {
         let left = bad.iter().filter(|bad| !bad.repaired).count();
         let left = left + private.iter().filter(|bad| !bad.repaired).count();
         if left > 0 {
-            bail!("{left} packs are damaged or missing; --repair replaces those of which there is a sound copy");
+            let how = match (self.repair, &self.from) {
+                (false, _) => "--repair replaces those of which there is a sound copy",
+                (true, None) => "of these the store has no sound copy; --from DIR takes them from a backup of it",
+                (true, Some(_)) => "of these there is no sound copy there either",
+            };
+            bail!("{left} packs are damaged or missing; {how}");
         }
         Ok(())
     }

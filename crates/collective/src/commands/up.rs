@@ -259,6 +259,7 @@ async fn until_up(client: &Client) -> PlaneStatus {
 async fn detach(ui: &Ui, data: &Path) -> Result<()> {
     let log_path = data.join("up.log");
     let log = std::fs::File::options().create(true).append(true).open(&log_path)?;
+    let before = log.metadata()?.len();
     let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--detach");
     let mut child = tokio::process::Command::new(std::env::current_exe()?)
         .args(arguments)
@@ -270,7 +271,9 @@ async fn detach(ui: &Ui, data: &Path) -> Result<()> {
         .spawn()?;
     let client = Client::new(Endpoint::Unix(socket(data)), None);
     let failed = |why: &str| {
-        let text = std::fs::read_to_string(&log_path).unwrap_or_default();
+        // What earlier ones wrote would only confuse.
+        let text = std::fs::read(&log_path).unwrap_or_default();
+        let text = String::from_utf8_lossy(text.get(before as usize..).unwrap_or_default());
         let last: Vec<_> = text.lines().rev().take(3).collect();
         let last: Vec<_> = last.into_iter().rev().collect();
         anyhow!("{why}; {} ends with: {}", log_path.display(), last.join(" | "))

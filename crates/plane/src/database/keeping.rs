@@ -164,7 +164,8 @@ impl Database {
             if packs.len() == row.packs.len() {
                 continue;
             }
-            packs.extend(new.iter().filter(|info| row.packs.iter().all(|known| known.digest != info.digest)));
+            let kept: HashSet<Digest> = packs.iter().map(|info| info.digest).collect();
+            packs.extend(new.iter().filter(|info| !kept.contains(&info.digest)));
             for info in new {
                 forgive(&mut writer, &row.appliance, &info.digest).await?;
             }

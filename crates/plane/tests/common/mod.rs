@@ -14,7 +14,7 @@ use collective_model::{Digest, InstanceId, Manifest, Observed, Timestamp};
 use collective_plane::{Listening, Plane, PlaneConfig, PlaneError, serve};
 use collective_store::depot::{Access, Place};
 use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::trace::Trace;
 
 pub struct Site {
@@ -72,7 +72,7 @@ impl Site {
         let mut sink = Collected(Vec::new());
         let (image, packs) = {
             let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
-            let image = publisher.add(&Pattern(seed), &[], &Trace::default(), &|_| {}).unwrap();
+            let image = publisher.add(&pattern(seed), &[], &Trace::default(), &|_| {}).unwrap();
             (image, publisher.finish().unwrap().0)
         };
         for pack in sink.0 {
@@ -116,20 +116,9 @@ impl PackSink for Collected {
 }
 
 /// One MiB that depends on a number.
-struct Pattern(u8);
-
-impl DiskReader for Pattern {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-        let value = |i: u64| ((i / 4096) as u8).wrapping_mul(7).wrapping_add(self.0) | 1;
-        (offset..).zip(buffer).for_each(|(i, byte)| *byte = value(i));
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        1 << 20
-    }
-    fn next_data(&self, offset: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
+fn pattern(seed: u8) -> Vec<u8> {
+    let value = |i: u32| ((i / 4096) as u8).wrapping_mul(7).wrapping_add(seed) | 1;
+    (0..1 << 20).map(value).collect()
 }
 
 pub fn manifest(version: &str, image: Digest) -> Manifest {

@@ -1,23 +1,28 @@
-//! Disks whose versions share most of their blocks.
+//! Disks whose versions share most of their blocks, and of whose first packs less and less is used.
 
-use std::io;
-use std::ops::Range;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
-use collective_store::BLOCK;
-use collective_store::publish::DiskReader;
+use collective_store::{BLOCK, FRAME_BLOCKS};
 use collective_testkit::Dice;
 
-/// Blocks of every disk.
-const BLOCKS: u64 = 40;
+/// Blocks of every disk: some frames, so that of a pack only a part may be used.
+const BLOCKS: u64 = 3 * REGION;
+/// Blocks that are written together now and then.
+const REGION: u64 = FRAME_BLOCKS as u64;
 
 /// What the version with this number has on its disk.
-pub fn disk(version: u64) -> Vec<u8> {
-    (0..BLOCKS).flat_map(|block| content(block, changed(block, version))).collect()
+pub fn disk(version: u64) -> Arc<Vec<u8>> {
+    static MADE: Mutex<BTreeMap<u64, Arc<Vec<u8>>>> = Mutex::new(BTreeMap::new());
+    let make = || Arc::new((0..BLOCKS).flat_map(|block| content(block, changed(block, version))).collect());
+    MADE.lock().unwrap().entry(version).or_insert_with(make).clone()
 }
 
-/// The last version, not after this one, that changed a block.
+/// The last version, not after this one, that changed a block, alone or with all of its region.
 fn changed(block: u64, version: u64) -> u64 {
-    (1..=version).rev().find(|version| Dice::new(version * BLOCKS + block).percent(15)).unwrap_or(0)
+    let region = BLOCKS + block / REGION;
+    let by = |version: u64, what: u64, percent| Dice::new(version * 2 * BLOCKS + what).percent(percent);
+    (1..=version).rev().find(|version| by(*version, block, 2) || by(*version, region, 50)).unwrap_or(0)
 }
 
 /// Alike over its versions, so that differences are worth it; some blocks are zeros.
@@ -28,20 +33,4 @@ fn content(block: u64, version: u64) -> Vec<u8> {
     let mut bytes = Dice::new(1000 + block).bytes(BLOCK as usize);
     bytes[100..140].copy_from_slice(&Dice::new(block ^ version << 20).bytes(40));
     bytes
-}
-
-/// A disk in memory.
-pub struct Memory(pub Vec<u8>);
-
-impl DiskReader for Memory {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use collective_api::{Client, Endpoint, StoreView};
-use collective_model::ApplianceName;
+use collective_model::{ApplianceName, Digest};
 use collective_plane::{Listening, Plane, PlaneConfig, PlaneError, serve};
 use collective_store::depot::{Access, Depot};
 use collective_testkit::{Dice, Objects};
@@ -13,8 +13,8 @@ use futures_util::future::{BoxFuture, FutureExt, join_all};
 use tokio::sync::Notify;
 
 use super::disk::disk;
-use super::maker::Maker;
-use super::world::{Shared, Version, Withdrawal, answered};
+use super::maker::{Maker, pack_key};
+use super::world::{Shared, Withdrawal, answered};
 
 /// Nothing takes longer, unless it hangs.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -63,13 +63,14 @@ pub fn life(
     let at_death = {
         let (died, world, data) = (died.clone(), world.clone(), data.to_owned());
         move || {
-            world.lock().unwrap().dead = true;
+            world.lock().unwrap().die();
             copy_disk(&data, &left, power);
             died.notify_one();
         }
     };
-    let (operations, percent) = (dice.roll(160), *dice.pick(&[0, 0, 3, 12]));
+    let (operations, changes, percent) = (dice.roll(160), dice.roll(25), *dice.pick(&[0, 0, 3, 12]));
     let (early, seed) = (dice.percent(15), dice.roll(u64::MAX));
+    let aged = dice.percent(60).then(|| dice.pick(&appliances()).clone());
     let (soon, later) = if early { (dice.roll(6), percent) } else { (operations, 0) };
     world.lock().unwrap().begin();
     process(async {
@@ -85,8 +86,14 @@ pub fn life(
         }
         // It may be a first start, and that has to succeed once.
         let maker = open(data, objects, part, world).await.unwrap();
+        if let Some(appliance) = aged {
+            age(&maker, &appliance).await;
+        }
         objects.fail(percent);
-        objects.die_after(operations, at_death);
+        match operations % 2 {
+            0 => objects.die_after(operations, at_death),
+            _ => objects.die_after_changes(changes, at_death),
+        }
         until_death(work(&maker, seed), objects, &died).await
     })
 }
@@ -132,6 +139,19 @@ fn copy_cache(from: &Path, to: &Path) {
             true => copy_cache(&entry.path(), &to),
             // It may be renamed just now.
             false => _ = std::fs::copy(entry.path(), to),
+        }
+    }
+}
+
+/// Versions come and go, until little is used of what the first of them brought.
+async fn age(maker: &Maker, appliance: &ApplianceName) {
+    for round in 0..4 {
+        let version = (appliance.clone(), maker.world.lock().unwrap().next());
+        maker.publish(&version).await.unwrap();
+        for (known, digest) in maker.unneeded().await.unwrap() {
+            if round == 3 && known.0 == *appliance && known != version {
+                maker.withdraw(&known, digest).await.unwrap();
+            }
         }
     }
 }
@@ -192,10 +212,12 @@ async fn publish(mut maker: Maker, mut dice: Dice) {
 }
 
 async fn clean(maker: Maker, mut dice: Dice) {
-    for _ in 0..8 {
-        let done = match dice.roll(4) {
-            0 => withdraw(&maker, &mut dice).await,
-            1 => damage_and_mend(&maker, &mut dice).await,
+    for _ in 0..12 {
+        let done = match dice.roll(6) {
+            0 | 1 => withdraw(&maker, &mut dice).await,
+            2 => damage_and_mend(&maker, &mut dice).await,
+            3 => maker.repack().await,
+            4 => maker.prune().await.map(drop),
             _ => maker.collect().await.map(drop),
         };
         done.unwrap_or_else(|why| readable(&why));
@@ -204,13 +226,7 @@ async fn clean(maker: Maker, mut dice: Dice) {
 }
 
 async fn withdraw(maker: &Maker, dice: &mut Dice) -> Result<(), String> {
-    let view: StoreView = maker.client.get("/v1/store").await.map_err(|error| error.to_string())?;
-    let may = |version: &Version| maker.world.lock().unwrap().may_withdraw(version);
-    let numbered = view.versions.iter().map(|known| {
-        let number = known.version.as_str().parse().unwrap();
-        ((known.appliance.clone(), number), known.digest)
-    });
-    let found: Vec<_> = numbered.filter(|(version, _)| may(version)).collect();
+    let found = maker.unneeded().await?;
     if found.is_empty() {
         return Ok(());
     }
@@ -220,27 +236,40 @@ async fn withdraw(maker: &Maker, dice: &mut Dice) -> Result<(), String> {
 
 /// A disk ages below the store; then somebody repairs it.
 async fn damage_and_mend(maker: &Maker, dice: &mut Dice) -> Result<(), String> {
-    let keys: Vec<String> = maker.world.lock().unwrap().packs.keys().cloned().collect();
-    if keys.is_empty() {
+    let view: StoreView = maker.client.get("/v1/store").await.map_err(|error| error.to_string())?;
+    if view.packs.is_empty() {
         return Ok(());
     }
-    let key = dice.pick(&keys);
-    let Some(bytes) = maker.objects.content(key).await else { return Ok(()) };
-    let mut bytes = bytes.to_vec();
-    if dice.percent(50) {
-        bytes.truncate(dice.roll(bytes.len() as u64) as usize);
-    } else if let Some(byte) = bytes.get_mut(dice.roll(1 << 15) as usize) {
-        *byte ^= 1;
+    let pack = dice.pick(&view.packs);
+    let key = &pack_key(&pack.appliance, &pack.digest);
+    // Somebody may be writing it, or removing it.
+    let sound = maker.objects.content(key).await.filter(|bytes| Digest::of(bytes) == pack.digest);
+    let Some(sound) = sound else { return Ok(()) };
+    let mut bytes = sound.to_vec();
+    let anywhere = dice.roll(bytes.len() as u64) as usize;
+    match dice.roll(3) {
+        0 => bytes.truncate(anywhere),
+        1 => bytes[anywhere] ^= 1,
+        // In the directory.
+        _ => {
+            let at = bytes.len() - 1 - dice.roll(500) as usize % bytes.len();
+            bytes[at] ^= 1;
+        }
     }
     let mut dead = true;
     answered(&maker.world, |world| {
         dead = false;
+        world.packs.insert(key.clone(), sound);
         world.damaged.insert(key.clone());
     });
     if !dead {
         maker.objects.replace(key, Some(bytes.into())).await;
     }
     maker.objects.instant().await;
+    if dice.percent(50) {
+        // Nobody has noticed.
+        maker.prune().await.map_or_else(|why| readable(&why), drop);
+    }
     maker.mend(key).await
 }
 
@@ -256,8 +285,12 @@ async fn read(maker: Maker, mut dice: Dice) {
             }
         };
         let known = dice.pick(&view.versions);
-        match maker.read(&known.appliance, known.digest).await {
-            Ok(found) => assert_eq!(found, disk(known.version.as_str().parse().unwrap())),
+        let found = match dice.percent(50) {
+            true => maker.read(&known.appliance, known.digest).await,
+            false => maker.read_with_old_lists(&known.appliance, known.digest).await,
+        };
+        match found {
+            Ok(found) => assert!(found == *disk(known.version.as_str().parse().unwrap())),
             Err(why) => readable(&why),
         }
     }

@@ -2,8 +2,8 @@
 //! and what was not is there as a whole or not at all. No machine is started.
 //!
 //! Each seed is a chain of lives of one plane. In each life several makers publish, versions are withdrawn, packs are
-//! collected, damaged and repaired, and hosts read, until the process dies in the middle of an operation of the store.
-//! The next one finds the files and objects that survived. `SEED=17` repeats a seed, `SEEDS=1000` runs so many.
+//! written again, collected, damaged and repaired, and hosts read, with new lists of packs and with old ones, until the
+//! process dies in the middle of an operation of the store. The next one finds the files and objects that survived. `SEED=17` repeats a seed, `SEEDS=1000` runs so many.
 
 mod disk;
 mod life;
@@ -44,13 +44,14 @@ struct Seen {
     whole_without_answer: usize,
     withdrawn: usize,
     removed: usize,
+    repacked: usize,
+    deaths_repacking: u64,
     faults: BTreeMap<ObjectFault, u64>,
 }
 
 fn chain(seed: u64, kind: &'static str, seen: &mut Seen) {
     let _named = Seed(seed);
-    // In memory where that can be: who dies here is the plane, and syncs would wait for everybody else's data.
-    let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    let folder = world::in_memory();
     let mut dice = Dice::new(seed);
     let objects = Objects::new(seed, kind);
     let world = World::new();
@@ -69,6 +70,8 @@ fn chain(seed: u64, kind: &'static str, seen: &mut Seen) {
         proof::prove(&data, &objects, part, &world, seen);
     }
     let world = world.lock().unwrap();
+    seen.repacked += world.repacked;
+    seen.deaths_repacking += world.deaths_repacking;
     seen.published += world.records.values().filter(|record| record.published).count();
     seen.withdrawn += world.records.values().filter(|record| record.withdrawal == world::Withdrawal::Done).count();
     for (fault, count) in objects.happened() {
@@ -83,20 +86,23 @@ fn seeds(kind: &'static str, from: u64) {
     let all = chosen.end - chosen.start;
     chosen.for_each(|seed| chain(seed, kind, &mut seen));
     eprintln!(
-        "{all} seeds: {} of {} deaths at work, {} published, {} unanswered of which {} became visible as a whole, \
-         {} withdrawn, {} packs removed, faults {:?}",
+        "{all} seeds: {} of {} deaths at work, {} while packs were written again, {} published, {} unanswered of which {} became visible as a whole, \
+         {} withdrawn, {} packs written again, {} removed, faults {:?}",
         seen.deaths_at_work,
         all * LIVES,
+        seen.deaths_repacking,
         seen.published,
         seen.unanswered,
         seen.whole_without_answer,
         seen.withdrawn,
+        seen.repacked,
         seen.removed,
         seen.faults
     );
     if all >= 30 {
         let happened = seen.unanswered > 0 && seen.withdrawn > 0 && seen.removed > 0 && seen.faults.len() == 5;
-        assert!(happened && seen.deaths_at_work > all, "the test itself");
+        let repacked = seen.repacked > 0 && seen.deaths_repacking > 0;
+        assert!(happened && repacked && seen.deaths_at_work > all, "the test itself");
     }
 }
 

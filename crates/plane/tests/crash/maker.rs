@@ -2,11 +2,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use collective_api::{
-    ApplianceView, ChannelHead, Client, Collected, PlaneStore, PublishVersion, VersionDetail, VersionView,
+    ApplianceView, ChannelHead, Client, Collected, PlaneStore, PublishVersion, Repacked, StoreView, VersionDetail,
+    VersionView,
 };
 use collective_keys::{ChannelPointer, Kind, Signed};
 use collective_model::{ApplianceName, Digest, Manifest, Timestamp};
@@ -19,8 +21,8 @@ use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, PackSink, P
 use collective_store::trace::Trace;
 use collective_testkit::Objects;
 
-use super::disk::{Memory, disk};
-use super::world::{Shared, Version, Withdrawal, answered};
+use super::disk::disk;
+use super::world::{Shared, Version, Withdrawal, answered, in_memory};
 
 /// Somebody who talks to the plane.
 pub struct Maker {
@@ -127,7 +129,7 @@ impl Maker {
         if !packs.is_empty() {
             publisher = publisher.with_bases(&contents);
         }
-        let image = publisher.add(&Memory(disk(*number)), &[], &Trace::default(), &|_| {}).map_err(said)?;
+        let image = publisher.add(&*disk(*number), &[], &Trace::default(), &|_| {}).map_err(said)?;
         let (needed, _) = publisher.finish().map_err(said)?;
         Ok((image, needed, sink.0))
     }
@@ -143,7 +145,6 @@ impl Maker {
 
     async fn send(&self, appliance: &ApplianceName, pack: Pack) -> Tried<()> {
         let (path, bytes) = (pack_path(appliance, &pack.digest), Bytes::from(pack.bytes));
-        self.world.lock().unwrap().packs.insert(pack_key(appliance, &pack.digest), bytes.clone());
         if self.client.get::<u64>(&path).await.is_ok_and(|size| size == bytes.len() as u64) {
             return Ok(());
         }
@@ -184,11 +185,37 @@ impl Maker {
         Ok(())
     }
 
+    /// Versions that may be withdrawn.
+    pub async fn unneeded(&self) -> Tried<Vec<(Version, Digest)>> {
+        let view: StoreView = self.client.get("/v1/store").await.map_err(said)?;
+        let numbered = view.versions.into_iter().map(|known| {
+            let number = known.version.as_str().parse().unwrap();
+            ((known.appliance, number), known.digest)
+        });
+        let world = self.world.lock().unwrap();
+        Ok(numbered.filter(|(version, _)| world.may_withdraw(version)).collect())
+    }
+
     pub async fn withdraw(&self, version: &Version, digest: Digest) -> Tried<()> {
         answered(&self.world, |world| world.records.get_mut(version).unwrap().withdrawal = Withdrawal::Tried);
         self.client.delete::<()>(&format!("/v1/versions/{digest}")).await.map_err(said)?;
         answered(&self.world, |world| world.records.get_mut(version).unwrap().withdrawal = Withdrawal::Done);
         Ok(())
+    }
+
+    /// Writes packs again of which little is used, as `prune --yes` does before it collects.
+    pub async fn repack(&self) -> Tried<()> {
+        self.world.lock().unwrap().repacking += 1;
+        let done = self.client.post::<Repacked>("/v1/store/repack", &()).await;
+        let world = &mut *self.world.lock().unwrap();
+        world.repacking -= 1;
+        world.repacked += done.map_err(said)?.packs.len();
+        Ok(())
+    }
+
+    pub async fn prune(&self) -> Tried<Collected> {
+        self.repack().await?;
+        self.collect().await
     }
 
     pub async fn collect(&self) -> Tried<Collected> {
@@ -207,33 +234,54 @@ impl Maker {
 
     /// The disk of a version, as a host reads it that has nothing in its cache.
     pub async fn read(&self, appliance: &ApplianceName, version: Digest) -> Tried<Vec<u8>> {
-        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-        let source = Arc::new(PlaneStore::new(Arc::new(self.client.another()), folder.path()));
-        let manifest = source.version(&version).await.map_err(said)?.manifest;
-        let manifest = Manifest::parse(manifest.payload.as_bytes()).unwrap();
-        let store = FrameStore::new(Cache::open(folder.path()).unwrap(), source);
-        store.add_version(appliance, &version).await;
-        let map = ImageMap::load(&store, manifest.images()[0]).await.map_err(said)?;
-        let mut disk = Vec::new();
-        let mut block = 0;
-        while block < map.blocks() {
-            match map.run_at(block) {
-                Run::Zeros(blocks) => {
-                    disk.resize(disk.len() + (blocks * BLOCK) as usize, 0);
-                    block += blocks;
-                }
-                Run::Frame { digest, length, offset, blocks } => {
-                    let frame = store.frame(&digest, length).await.map_err(said)?;
-                    let from = usize::from(offset) * BLOCK as usize;
-                    disk.extend_from_slice(&frame[from..from + (blocks * BLOCK) as usize]);
-                    block += blocks;
-                }
-            }
-        }
+        let folder = in_memory();
+        let (store, map) = self.load(folder.path(), appliance, version).await?;
+        let disk = read(&store, &map).await?;
         // Differences as well, where there are some.
         store.check(&map.frames().collect::<Vec<_>>(), &|_| {}).await.map_err(said)?;
         Ok(disk)
     }
+
+    /// The same as a host that has lists and directories of packs from before, and some of the frames.
+    pub async fn read_with_old_lists(&self, appliance: &ApplianceName, version: Digest) -> Tried<Vec<u8>> {
+        let host = self.world.lock().unwrap().host.path().to_owned();
+        let (store, map) = self.load(&host, appliance, version).await?;
+        store.prefetch(&map.frames().collect::<Vec<_>>(), &|_| {}).await.map_err(said)?;
+        let disk = read(&store, &map).await?;
+        let half = store.cache().size().map_err(said)? / 2;
+        store.cache().evict(half, &HashSet::new()).map_err(said)?;
+        Ok(disk)
+    }
+
+    async fn load(&self, folder: &Path, appliance: &ApplianceName, version: Digest) -> Tried<(FrameStore, ImageMap)> {
+        let source = Arc::new(PlaneStore::new(Arc::new(self.client.another()), &folder.join("versions")));
+        let manifest = source.version(&version).await.map_err(said)?.manifest;
+        let manifest = Manifest::parse(manifest.payload.as_bytes()).unwrap();
+        let store = FrameStore::new(Cache::open(folder).unwrap(), source);
+        store.add_version(appliance, &version).await;
+        let map = ImageMap::load(&store, manifest.images()[0]).await.map_err(said)?;
+        Ok((store, map))
+    }
+}
+
+async fn read(store: &FrameStore, map: &ImageMap) -> Tried<Vec<u8>> {
+    let mut disk = Vec::new();
+    let mut block = 0;
+    while block < map.blocks() {
+        match map.run_at(block) {
+            Run::Zeros(blocks) => {
+                disk.resize(disk.len() + (blocks * BLOCK) as usize, 0);
+                block += blocks;
+            }
+            Run::Frame { digest, length, offset, blocks } => {
+                let frame = store.frame(&digest, length).await.map_err(said)?;
+                let from = usize::from(offset) * BLOCK as usize;
+                disk.extend_from_slice(&frame[from..from + (blocks * BLOCK) as usize]);
+                block += blocks;
+            }
+        }
+    }
+    Ok(disk)
 }
 
 fn manifest((appliance, number): &Version, image: Digest) -> Manifest {

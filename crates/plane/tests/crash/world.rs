@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use collective_keys::SigningKey;
 use collective_model::ApplianceName;
+use tempfile::TempDir;
 
 /// One lock for all that was told.
 pub type Shared = Arc<Mutex<World>>;
@@ -41,12 +42,18 @@ pub struct World {
     pub pointed: BTreeSet<(ApplianceName, u64, u64)>,
     /// Leases of makers that may be dead.
     pub leases: BTreeSet<(ApplianceName, String)>,
-    /// Every pack that was ever made, by its key in the store.
+    /// Sound copies of packs, by their keys in the store.
     pub packs: BTreeMap<String, Bytes>,
     /// Packs that were damaged and whose repair was not acknowledged.
     pub damaged: BTreeSet<String>,
     /// Versions that somebody is publishing, who would bring them back.
     pub at_work: BTreeSet<Version>,
+    /// Repacks under way, packs that were written again, and deaths in the middle of it.
+    pub repacking: u64,
+    pub repacked: usize,
+    pub deaths_repacking: u64,
+    /// What a host has that was there from the beginning: lists and directories of packs, which may be old.
+    pub host: TempDir,
     /// Answers that came after the death do not count.
     pub dead: bool,
     next: u64,
@@ -63,6 +70,10 @@ impl World {
             packs: BTreeMap::new(),
             damaged: BTreeSet::new(),
             at_work: BTreeSet::new(),
+            repacking: 0,
+            repacked: 0,
+            deaths_repacking: 0,
+            host: in_memory(),
             dead: false,
             next: 0,
         }))
@@ -72,6 +83,13 @@ impl World {
     pub fn begin(&mut self) {
         self.dead = false;
         self.at_work.clear();
+        self.repacking = 0;
+    }
+
+    /// The process dies at this instant.
+    pub fn die(&mut self) {
+        self.dead = true;
+        self.deaths_repacking += self.repacking.min(1);
     }
 
     /// A number that no version has.
@@ -86,6 +104,11 @@ impl World {
         let pointed = self.pointed.iter().any(|(appliance, _, to)| (appliance, to) == (&version.0, &version.1));
         record.published && record.withdrawal == Withdrawal::No && !pointed && !self.at_work.contains(version)
     }
+}
+
+/// A folder in memory where that can be: who dies here is the plane, and syncs would wait for everybody else's data.
+pub fn in_memory() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 /// Notes an answer, unless the process had died before it came.

@@ -155,7 +155,11 @@ impl FrameStore {
             passed_over.extend(failed);
         }
         let mut again = Vec::new();
-        let wrong = passed_over.iter().any(|(piece, error)| piece.bases.is_empty() && came_wrong(error));
+        // A difference may be wrong by itself; but one that is gone tells, as a frame does, that the lists are old.
+        let tells = |(piece, error): &(Piece, _)| {
+            came_wrong(error) && (piece.bases.is_empty() || matches!(error, FetchError::Source { .. }))
+        };
+        let wrong = passed_over.iter().any(tells);
         let fresh = wrong && self.distrust(&mut *self.locator.lock().await);
         for (piece, error) in passed_over {
             match (piece.bases.is_empty(), fresh && came_wrong(&error)) {

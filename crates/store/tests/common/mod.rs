@@ -14,7 +14,7 @@ use collective_model::{ApplianceName, Digest};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::pack::{self, Pack};
-use collective_store::publish::{BaseReader, DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::publish::{BaseReader, KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::trace::Trace;
 use collective_store::{PackInfo, Source, SourceError};
 use collective_testkit::Dice;
@@ -67,21 +67,6 @@ pub struct Published {
     pub versions: [Version; 2],
 }
 
-pub struct Memory<'a>(pub &'a [u8]);
-
-impl DiskReader for Memory<'_> {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
-}
-
 #[derive(Default)]
 pub struct Sink(pub Vec<Pack>);
 
@@ -126,7 +111,7 @@ pub fn published() -> &'static Published {
             packs.iter().for_each(|(digest, bytes)| known.learn(digest, &PackHashes::of(bytes).unwrap()));
             let (mut sink, contents) = (Sink::default(), Contents(contents));
             let mut publisher = Publisher::new(known, &mut sink).with_bases(&contents);
-            let image = publisher.add(&Memory(&disk), &[], &Trace::default(), &|_| {}).unwrap();
+            let image = publisher.add(&disk, &[], &Trace::default(), &|_| {}).unwrap();
             let (needed, _) = publisher.finish().unwrap();
             packs.extend(sink.0.into_iter().map(|pack| (pack.digest, Bytes::from(pack.bytes))));
             let name = Digest::of(name);

@@ -15,7 +15,7 @@ use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
 use collective_store::pack::Pack;
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::trace::Trace;
 use collective_store::{PackInfo, Source, SourceError};
 use futures_util::future::BoxFuture;
@@ -81,21 +81,6 @@ impl Source for Shelf {
     }
 }
 
-struct Memory(Vec<u8>);
-
-impl DiskReader for Memory {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        buffer.copy_from_slice(&self.0[offset as usize..offset as usize + buffer.len()]);
-        Ok(())
-    }
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((offset < self.size()).then(|| offset..self.size()))
-    }
-}
-
 /// A store over an empty cache in `folder`.
 pub async fn store_of(folder: &Path, shelf: &Arc<Shelf>) -> Arc<FrameStore> {
     let store = FrameStore::new(Cache::open(folder).unwrap(), shelf.clone());
@@ -107,7 +92,7 @@ pub async fn store_of(folder: &Path, shelf: &Arc<Shelf>) -> Arc<FrameStore> {
 pub async fn image_of(shelf: &Shelf, store: &FrameStore, content: &[u8]) -> Arc<ImageMap> {
     let mut sink = ShelfSink(shelf);
     let mut publisher = Publisher::new(KnownBlocks::default(), &mut sink);
-    let root = publisher.add(&Memory(content.to_vec()), &[], &Trace::default(), &|_| {}).unwrap();
+    let root = publisher.add(&content.to_vec(), &[], &Trace::default(), &|_| {}).unwrap();
     publisher.finish().unwrap();
     Arc::new(ImageMap::load(store, root).await.unwrap())
 }
