@@ -241,3 +241,79 @@ fn what_was_damaged_is_not_gone_on_with() {
     fleet.ok(&["resume", "n"]);
     assert_eq!(guest.get("/notes/kept"), "acknowledged");
 }
+
+#[test]
+fn a_running_machine_moves_there_and_back() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join("b");
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    let port = free_port();
+    fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "a", "--publish", &format!("{port}:80")]);
+    fleet.wait("n", "healthy");
+    let guest = Guest { port };
+    let generation = guest.get("/fill?20");
+    let boots = guest.get("/boots");
+    guest.put("/notes/kept", "acknowledged");
+    guest.put("/sysroot/own", "on the system disk");
+    guest.get("/count?on");
+    let machine = guest.get("/machine-id");
+
+    let verdict = fleet.json(&["check-host", "n", "--host", "b"]);
+    assert_eq!(verdict["memory_goes"], true, "{verdict}");
+    let dry = fleet.json(&["move", "n", "--to", "b", "--dry-run"]);
+    assert!(dry["how"].as_str().unwrap().contains("suspended"), "{dry}");
+    assert_eq!(fleet.info("n")["host"], "a", "nothing has moved");
+    fleet.ok(&["move", "n", "--to", "b"]);
+    let info = fleet.info("n");
+    assert_eq!(
+        (info["host"].as_str(), info["state"].as_str(), info["generation"].as_u64()),
+        (Some("b"), Some("running"), Some(2))
+    );
+    sound(&guest, &generation);
+    assert_eq!(guest.get("/boots"), boots, "it was not booted");
+    assert_eq!(guest.get("/machine-id"), machine);
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+    guest.put("/notes/there", "written on b");
+    let left = fleet.host_data("a").join("instances").join(info["id"].as_str().unwrap());
+    eventually("the old host keeps nothing", LONG, || (!left.exists()).then_some(()));
+    assert!(fleet.ok(&["history", "n"]).contains("arrived"));
+
+    // And back, with a host that dies while it is suspended.
+    guest.get("/count?on");
+    let suspended = fleet.json(&["suspend", "n"]);
+    assert!(suspended["store"]["new_bytes"].as_u64().unwrap() > 0, "{suspended}");
+    assert_eq!(fleet.info("n")["in_store"], true);
+    fleet.kill_host("b");
+    fleet.ok(&["resume", "n", "--host", "a"]);
+    sound(&guest, &generation);
+    assert_eq!(guest.get("/notes/there"), "written on b");
+    let qemu = fleet.qemu_pid("n");
+    fleet.run_host("b");
+    let left = fleet.host_data("b").join("instances").join(info["id"].as_str().unwrap());
+    eventually("the host that died learns that it is not the owner", LONG, || (!left.exists()).then_some(()));
+    assert_eq!(fleet.qemu_pid("n"), qemu, "one machine only");
+    assert_eq!(fleet.info("n")["host"], "a");
+
+    // Off, and without its memory.
+    fleet.ok(&["stop", "n"]);
+    fleet.ok(&["move", "n", "--to", "b"]);
+    assert_eq!(fleet.info("n")["state"], "stopped");
+    fleet.ok(&["start", "n"]);
+    guest.answers();
+    assert_eq!(guest.get("/notes/there"), "written on b");
+    assert_eq!(guest.get("/sysroot/own"), "on the system disk");
+    fleet.ok(&["suspend", "n"]);
+    fleet.ok(&["resume", "n", "--host", "a", "--cold"]);
+    guest.answers();
+    assert_eq!(guest.get("/pages"), "0 pages of 0, 0 bad", "it was booted");
+    assert_eq!(guest.get("/notes/there"), "written on b");
+    for (command, words) in [
+        (vec!["move", "n", "--to", "a"], "on host \"a\" already"),
+        (vec!["move", "n", "--to", "nowhere"], "no host named"),
+        (vec!["check-host", "n", "--host", "nowhere"], "no host named"),
+    ] {
+        let error = fleet.fails(&command);
+        assert!(error.contains(words), "{command:?}: {error}");
+    }
+    fleet.wait("n", "healthy");
+}

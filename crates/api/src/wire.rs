@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use collective_keys::{PublicKey, Signed};
 use collective_model::{
-    ApplianceName, BackupId, ByteSize, CheckpointId, Digest, InstanceId, Name, Observed, Operation, OperationId,
-    OperationState, PublishedPort, Spec, Timestamp, TunnelId, VersionName,
+    ApplianceName, BackupId, ByteSize, CheckpointId, Digest, Generation, InstanceId, Name, Observed, Operation,
+    OperationId, OperationState, PublishedPort, Spec, Timestamp, TunnelId, VersionName,
 };
 use collective_store::PackInfo;
 use serde::{Deserialize, Serialize};
@@ -74,6 +74,9 @@ pub struct HostFacts {
     pub cache_bytes: u64,
     /// What is worse than it could be, in words.
     pub warnings: Vec<String>,
+    /// What machines run on there.
+    #[serde(default)]
+    pub platform: Option<collective_model::run::Platform>,
 }
 
 /// An appliance in a list.
@@ -275,7 +278,9 @@ pub enum OperationRequest {
         /// Which; none: the newest of this instance.
         backup: Option<BackupId>,
     },
-    /// Save the running machine and end it.
+    /// Put what the instance is, which does not run, into the store.
+    Push,
+    /// Save the running machine, put it into the store, and end it.
     Suspend,
     /// Go on with the machine that was saved.
     Resume,
@@ -424,6 +429,19 @@ pub struct HostOrders {
     /// Tunnels that users wait for.
     #[serde(default)]
     pub tunnels: Vec<TunnelOrder>,
+    /// Instances that another host has now, and since which ownership: what is left of them here can go.
+    #[serde(default)]
+    pub moved: Vec<(InstanceId, Generation)>,
+}
+
+/// `POST /v1/instances/NAME/move`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MoveRequest {
+    /// Where to.
+    pub host: Name,
+    /// Without its memory: it is booted there.
+    #[serde(default)]
+    pub cold: bool,
 }
 
 /// What an operation's `result` holds after `plan`.

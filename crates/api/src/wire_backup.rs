@@ -1,7 +1,11 @@
 //! Backups of private data, and the keys they are encrypted with.
 
 use collective_keys::{KeyId, OwnerKey};
-use collective_model::{ApplianceName, BackupId, Digest, Generation, InstanceId, Name, Timestamp, VersionName};
+use collective_model::run::RunImage;
+use collective_model::{
+    ApplianceName, BackupId, CheckpointMachine, Digest, DiskRole, Generation, InstanceId, Name, SystemWrites,
+    Timestamp, VersionName,
+};
 use collective_store::PackInfo;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +40,61 @@ pub struct Backup {
     pub stored_bytes: u64,
     /// Bytes of the packs that it added.
     pub new_bytes: u64,
+    /// It is the whole instance, to go on elsewhere, and not a backup of its data.
+    #[serde(default)]
+    pub whole: Option<Whole>,
+}
+
+/// What an instance is beside the content of its disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Whole {
+    /// What each of the disks is, in their order.
+    pub disks: Vec<WholeDisk>,
+    /// The machine that stood still; none: it was off.
+    pub machine: Option<WholeMachine>,
+    /// Files of the instance.
+    pub files: Vec<WholeFile>,
+    /// The number of its next event.
+    pub next_event: u64,
+}
+
+/// What a disk is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WholeDisk {
+    /// Its role.
+    pub role: DiskRole,
+    /// How long its own writes last.
+    pub writes: SystemWrites,
+    /// What it is made from.
+    pub image: Option<RunImage>,
+}
+
+/// A machine that stood still.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WholeMachine {
+    /// The keyed name of its memory's root page.
+    pub memory: Digest,
+    /// The digest of the file with the rest of it.
+    pub state: Digest,
+    /// The instant that both are of.
+    pub epoch: String,
+    /// MiB of memory.
+    pub memory_mib: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// What users see of it.
+    pub info: CheckpointMachine,
+}
+
+/// A file of an instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WholeFile {
+    /// Its name among such files.
+    pub name: String,
+    /// In bytes.
+    pub size: u64,
+    /// The keyed name of its root page.
+    pub root: Digest,
 }
 
 /// A data disk in a backup.

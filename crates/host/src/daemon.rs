@@ -155,8 +155,12 @@ impl Daemon {
         for spec in orders.specs {
             let id = spec.id.clone();
             if self.instances.get(&id).is_some_and(|known| known.place.inbox.is_closed()) {
-                // Deleted here; the plane will notice.
-                continue;
+                if spec.arrival.is_none() {
+                    // Deleted here; the plane will notice.
+                    continue;
+                }
+                // It moved away, and comes back.
+                self.instances.remove(&id);
             }
             if !self.instances.contains_key(&id)
                 && let Err(error) = self.spawn(&id, Some(spec.clone()))
@@ -174,6 +178,14 @@ impl Daemon {
             let Some(known) = self.instances.get_mut(&operation.instance) else { continue };
             if known.told.insert(operation.id.clone()) {
                 let _ = known.place.inbox.send(Command::Operate(operation)).await;
+            }
+        }
+        for (id, generation) in orders.moved {
+            if let Some(known) = self.instances.get(&id) {
+                let _ = known.place.inbox.send(Command::Moved(generation)).await;
+                if known.place.inbox.is_closed() {
+                    self.instances.remove(&id);
+                }
             }
         }
         let listed: HashSet<_> = orders.tunnels.iter().map(|order| order.id.clone()).collect();
@@ -240,6 +252,7 @@ fn facts(context: &Context) -> HostFacts {
         root: rustix::process::geteuid().is_root(),
         cache_bytes: *lock(&context.cache_bytes),
         warnings: config.warnings.clone(),
+        platform: config.platform.clone(),
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use collective_model::run::{EndKind, Phase, Request, RunEnd, RunStatus};
-use collective_model::{Name, Operation, OperationKind, OperationState, Spec, State, Trigger};
+use collective_model::{Generation, Name, Operation, OperationKind, OperationState, Spec, State, Trigger};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -29,6 +29,8 @@ const STEADY: Duration = Duration::from_secs(600);
 pub(crate) enum Command {
     Spec(Box<Spec>),
     Operate(Operation),
+    /// Another host has it since this ownership.
+    Moved(Generation),
     /// Send a disk through a tunnel that opens once the sender is at work.
     SendDisk {
         disk: Name,
@@ -106,6 +108,7 @@ impl Instance {
             match command {
                 Some(Command::Spec(spec)) => self.take_spec(*spec).await,
                 Some(Command::Operate(operation)) => self.operate(operation).await,
+                Some(Command::Moved(generation)) => self.moved_away(generation).await,
                 Some(Command::SendDisk { disk, tunnel }) => self.send_disk(&disk, tunnel).await,
                 None => {}
             }
@@ -130,6 +133,9 @@ impl Instance {
             if self.record.spec.on {
                 self.resume_or_log().await;
             }
+        } else if self.record.state == State::Moving {
+            // The order comes again.
+            self.set_state(State::Stopped);
         } else if self.record.state == State::Suspending {
             // It was not begun: the runner goes on, or has ended, which was noticed.
             self.set_state(State::Running);
@@ -159,7 +165,7 @@ impl Instance {
             self.record.spec = spec;
             self.save_or_log();
         }
-        if serial <= self.record.power_serial {
+        if serial <= self.record.power_serial || self.record.arrived != self.record.spec.arrival {
             return;
         }
         match (on, self.record.state) {
@@ -186,7 +192,11 @@ impl Instance {
             return;
         }
         let id = operation.id.clone();
+        let has_arrived = self.record.arrived == self.record.spec.arrival;
         let result = match operation.kind {
+            OperationKind::Receive { backup, cold } => self.receive(&id, &backup, cold).await,
+            OperationKind::Delete { data } => self.delete(data).await,
+            _ if !has_arrived => Err("it has not arrived on this host yet; move it again, here or elsewhere".into()),
             OperationKind::Update { .. } | OperationKind::Rollback { .. } | OperationKind::Restart
                 if self.record.state == State::Suspended =>
             {
@@ -201,11 +211,11 @@ impl Instance {
             OperationKind::Backup => self.back_up(&id).await,
             OperationKind::Restore { backup } => self.restore_backup(&id, &backup).await,
             OperationKind::Suspend => self.suspend(&id).await,
+            OperationKind::Push => self.push(&id).await,
             OperationKind::Resume => self.go_on().await,
             OperationKind::Checkpoint { why } => self.keep_present(&id, why).await,
             OperationKind::GoBack { to, disks_only, keep } => self.go_back(&id, to, disks_only, &keep).await,
             OperationKind::Forget { checkpoint } => self.forget(checkpoint),
-            OperationKind::Delete { data } => self.delete(data).await,
         };
         let state = match result {
             Ok(result) => OperationState::Done { result },
@@ -414,10 +424,15 @@ impl Instance {
             std::fs::remove_dir_all(&self.folder).map_err(failed)?;
         }
         let _ = std::fs::remove_dir_all(&self.run_dir);
+        self.forget_here();
+        Ok(serde_json::json!({ "kept": kept }))
+    }
+
+    /// There is no such instance on this host any more.
+    pub(crate) fn forget_here(&mut self) {
         lock(&self.context.outbox.observed).remove(&self.record.spec.id);
         lock(&self.context.used_images).remove(&self.record.spec.id);
         self.gone = true;
-        Ok(serde_json::json!({ "kept": kept }))
     }
 
     /// Follows the table of transitions; one that is not in it is a mistake of ours.

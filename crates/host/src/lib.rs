@@ -17,6 +17,7 @@ mod report;
 mod saving;
 mod seed;
 mod start;
+mod travel;
 mod tunnel;
 mod update;
 
@@ -40,6 +41,8 @@ pub struct HostConfig {
     pub plane: Vec<std::net::SocketAddr>,
     /// Never use KVM.
     pub force_tcg: bool,
+    /// What machines run on here.
+    pub platform: Option<collective_model::run::Platform>,
     /// What KVM detection found, for people.
     pub accelerator: String,
     /// What is worse than it could be, for people.

@@ -23,9 +23,9 @@ use crate::link;
 use crate::record::layer_path;
 
 /// Where hashes of blocks of private packs are remembered, in the instance's folder.
-const HASHES: &str = "backup-hashes";
+pub(crate) const HASHES: &str = "backup-hashes";
 /// Where what is fetched to restore lies meanwhile, still encrypted.
-const SCRATCH: &str = "restore";
+pub(crate) const SCRATCH: &str = "restore";
 
 impl Instance {
     /// Encrypts the data disks and puts what is new of them into the store.
@@ -40,9 +40,9 @@ impl Instance {
         let known = before.iter().flat_map(|backup| &backup.packs).map(run_pack).collect();
         let home = self.record.spec.id.clone();
         let hashes = self.folder.join(HASHES);
-        let order = PrivateOrder::Backup { home: home.clone(), known, hashes: hashes.clone(), disks };
+        let order = PrivateOrder::Backup { home: home.clone(), known, hashes: hashes.clone(), disks, whole: None };
         let (disks, packs, used_bytes) = match self.run_private(id, &key, &order, "encrypting and storing").await? {
-            PrivateNews::Stored { disks, packs, used_bytes } => (disks, packs, used_bytes),
+            PrivateNews::Stored { disks, packs, used_bytes, .. } => (disks, packs, used_bytes),
             other => return Err(format!("its runner answered something else: {other:?}")),
         };
         let backup = Backup {
@@ -63,11 +63,9 @@ impl Instance {
             used_bytes,
             stored_bytes: 0,
             new_bytes: 0,
+            whole: None,
         };
-        let path = format!("/v1/hosts/self/operations/{id}/backup");
-        let recorded: Result<Backup, _> = self.context.client.post(&path, &backup).await;
-        let recorded = recorded.map_err(|e| format!("the plane did not record it, so repeat the command: {e}"))?;
-        forget_others(&hashes, &recorded.packs);
+        let recorded = self.record_backup(id, &backup, &hashes).await?;
         let (stored, new) = (recorded.stored_bytes, recorded.new_bytes);
         self.event("backed-up", format!("backup {}: {new} bytes new, {stored} stored", short(&recorded.id)));
         serde_json::to_value(recorded).map_err(|e| e.to_string())
@@ -115,6 +113,20 @@ impl Instance {
         Ok(result)
     }
 
+    /// Has the plane record what is in the store; from here on it is there.
+    pub(crate) async fn record_backup(
+        &self,
+        id: &OperationId,
+        backup: &Backup,
+        hashes: &Path,
+    ) -> Result<Backup, String> {
+        let path = format!("/v1/hosts/self/operations/{id}/backup");
+        let recorded: Result<Backup, _> = self.context.client.post(&path, backup).await;
+        let recorded = recorded.map_err(|e| format!("the plane did not record it, so repeat the command: {e}"))?;
+        forget_others(hashes, &recorded.packs);
+        Ok(recorded)
+    }
+
     fn is_off(&self, rule: &str) -> Result<(), String> {
         if self.record.disks.is_empty() {
             return Err("it was never started, and has no disks yet; start it once, and stop it".into());
@@ -131,7 +143,7 @@ impl Instance {
     }
 
     /// The owner's key, for this operation only. It stays in memory.
-    async fn grant(&self, id: &OperationId) -> Result<PrivateGrant, String> {
+    pub(crate) async fn grant(&self, id: &OperationId) -> Result<PrivateGrant, String> {
         let asked = self.context.client.post(&format!("/v1/hosts/self/operations/{id}/private"), &()).await;
         asked.map_err(|e| format!("the plane gives no key for its data: {e}"))
     }
@@ -152,7 +164,8 @@ impl Instance {
             };
             let layer = layer_path(&self.folder, self.record.reserve_layer());
             let becomes = size.max(disk.size);
-            places.push(RestoreDisk { name: disk.name.clone(), root: disk.root, size: disk.size, becomes, layer });
+            let (name, root, size) = (disk.name.clone(), disk.root, disk.size);
+            places.push(RestoreDisk { name, root, size, becomes, layer, image: None });
         }
         Ok(places)
     }
@@ -171,6 +184,7 @@ impl Instance {
             packs: backup.packs.iter().map(run_pack).collect(),
             scratch: scratch.clone(),
             disks: disks.to_vec(),
+            files: Vec::new(),
         };
         let news = self.run_private(id, key, &order, "fetching").await;
         let _ = std::fs::remove_dir_all(scratch);
@@ -181,7 +195,7 @@ impl Instance {
     }
 
     /// Has a runner carry out an order; until its end the instance does nothing else, so that nothing changes its disks.
-    async fn run_private(
+    pub(crate) async fn run_private(
         &mut self,
         id: &OperationId,
         key: &OwnerKey,
@@ -218,7 +232,7 @@ impl Instance {
     }
 }
 
-fn run_pack(pack: &PackInfo) -> RunPack {
+pub(crate) fn run_pack(pack: &PackInfo) -> RunPack {
     RunPack { digest: pack.digest, size: pack.size, directory: pack.directory }
 }
 
@@ -228,7 +242,7 @@ fn short(id: &BackupId) -> &str {
 }
 
 /// A layer that an interrupted restore left.
-fn remove_layer(path: &Path) {
+pub(crate) fn remove_layer(path: &Path) {
     for suffix in ["", ".map", ".part"] {
         let mut name = path.as_os_str().to_owned();
         name.push(suffix);

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use collective_model::run::RunImage;
 use collective_model::{
-    Checkpoint, CheckpointId, CheckpointMachine, Digest, Disk, DiskRole, Manifest, Name, OperationId, OperationState,
-    Spec, State, SystemWrites, Timestamp, VersionName,
+    BackupId, Checkpoint, CheckpointId, CheckpointMachine, Digest, Disk, DiskRole, Manifest, Name, OperationId,
+    OperationState, Spec, State, SystemWrites, Timestamp, VersionName,
 };
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +38,12 @@ pub struct Record {
     /// The machine that was saved, while the instance is suspended or about to go on.
     #[serde(default)]
     pub suspended: Option<SuspendedRecord>,
+    /// Where in the store what it is now lies; none while it runs.
+    #[serde(default)]
+    pub in_store: Option<BackupId>,
+    /// What of [`Spec::arrival`] was brought here.
+    #[serde(default)]
+    pub arrived: Option<BackupId>,
     /// Layers of memory that the present machine went on with.
     #[serde(default)]
     pub memory: Vec<u64>,
@@ -115,6 +121,8 @@ pub struct MachineRecord {
     pub memory: Vec<u64>,
     /// That file's digest.
     pub digest: Digest,
+    /// Names the instant, for ever.
+    pub epoch: String,
     /// MiB of memory.
     pub memory_mib: u64,
     /// Virtual CPUs.
@@ -128,6 +136,8 @@ pub struct MachineRecord {
 pub struct SaveJournal {
     /// The order it is part of.
     pub operation: OperationId,
+    /// Names the instant, for ever.
+    pub epoch: String,
     /// The layer of memory, which also names the order to the runner.
     pub number: u64,
     /// Why, in the timeline; none: it ends the machine.
@@ -152,6 +162,7 @@ pub struct UpdateJournal {
 impl Record {
     /// A new instance.
     pub fn new(spec: Spec, user_index: u32) -> Self {
+        let spec_arrival = spec.arrival.clone();
         Self {
             version: spec.version,
             spec,
@@ -161,6 +172,8 @@ impl Record {
             checkpoints: Vec::new(),
             update: None,
             suspended: None,
+            in_store: spec_arrival,
+            arrived: None,
             memory: Vec::new(),
             save: None,
             done: Vec::new(),
@@ -441,6 +454,7 @@ mod tests {
             memory: None,
             disk_sizes: Default::default(),
             authorized_keys: vec![],
+            arrival: None,
         };
         let mut record = Record::new(spec, 0);
         record.adopt_version(&manifest("1"), Digest::of(b"1"));

@@ -36,13 +36,23 @@ impl Instance {
     /// Saves the machine and ends it.
     pub(crate) async fn suspend(&mut self, id: &OperationId) -> Result<Value, String> {
         match self.record.state {
-            State::Suspended => return Ok(self.described()),
-            State::Running | State::Paused => {}
+            State::Suspended => {}
+            State::Running | State::Paused => {
+                self.trigger(Trigger::Suspend);
+                self.save_machine(id, None).await?;
+            }
             state => return Err(format!("only a running machine can be suspended, and it is {state}")),
         }
-        self.trigger(Trigger::Suspend);
-        self.save_machine(id, None).await?;
-        Ok(self.described())
+        // It is durable here; that the store has it as well lets it go on elsewhere.
+        let mut result = self.described();
+        match self.push(id).await {
+            Ok(pushed) => result["store"] = pushed,
+            Err(why) => {
+                self.event("not-stored", format!("it is suspended, on this host only: {why}"));
+                result["not_stored"] = why.into();
+            }
+        }
+        Ok(result)
     }
 
     fn described(&self) -> Value {
@@ -60,12 +70,14 @@ impl Instance {
             ));
         }
         let number = self.record.reserve_layer();
+        let epoch = format!("{id}-{number}");
         let disks = self.record.disks.clone();
         let tops = if ends { Vec::new() } else { self.record.push_layers() };
-        self.record.save = Some(SaveJournal { operation: id.clone(), number, why, disks });
+        self.record.save = Some(SaveJournal { operation: id.clone(), epoch: epoch.clone(), number, why, disks });
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         let order = SaveOrder {
             number,
+            epoch,
             memory: layer_path(&self.folder, number),
             state: state_path(&self.folder, number),
             tops: tops.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
@@ -153,6 +165,7 @@ impl Instance {
         Ok(MachineRecord {
             memory: self.numbers(&saved)?,
             digest: saved.digest,
+            epoch: self.record.save.as_ref().map(|save| save.epoch.clone()).ok_or("no order is known for it")?,
             memory_mib: config.memory_mib,
             cpus: config.cpus,
             info: CheckpointMachine {
@@ -190,6 +203,7 @@ impl Instance {
             Ok(machine) => {
                 let bytes = collective_model::ByteSize(machine.info.bytes);
                 self.record.memory.clear();
+                self.record.in_store = None;
                 self.record.suspended = Some(SuspendedRecord { machine, disks });
                 self.set_state(State::Suspended);
                 self.event("suspended", format!("suspended; its memory and devices took {bytes} more"));
@@ -282,7 +296,7 @@ impl Instance {
     /// What the runner needs to go on.
     pub(crate) fn resume_config(&self, config: &mut RunConfig) -> Result<(), String> {
         let suspended = self.record.suspended.as_ref().ok_or("nothing was saved")?;
-        let MachineRecord { memory, digest, memory_mib, cpus, .. } = &suspended.machine;
+        let MachineRecord { memory, digest, epoch, memory_mib, cpus, .. } = &suspended.machine;
         let last = memory.last().ok_or("it has no memory")?;
         // Settings that were changed meanwhile count at the next boot.
         (config.memory_mib, config.cpus) = (*memory_mib, *cpus);
@@ -290,6 +304,7 @@ impl Instance {
             memory: memory.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
             state: state_path(&self.folder, *last),
             digest: *digest,
+            epoch: epoch.clone(),
         });
         Ok(())
     }
@@ -342,7 +357,8 @@ impl Instance {
         let why = format!("before going back to {}", to.0);
         match self.record.state {
             State::Running | State::Paused => {
-                self.suspend(id).await?;
+                self.trigger(Trigger::Suspend);
+                self.save_machine(id, None).await?;
                 self.keep_suspended(why)?;
             }
             State::Suspended => self.keep_suspended(why)?,
@@ -357,6 +373,7 @@ impl Instance {
                 *disk = now.clone();
             }
         }
+        self.record.in_store = None;
         self.record.version = target.info.version;
         self.record.version_name = Some(target.info.version_name.clone());
         let machine = target.machine.filter(|_| !disks_only);

@@ -31,6 +31,8 @@ impl Instance {
         let memory = self.record.spec.memory.unwrap_or(manifest.hardware.memory);
         check_memory(memory.0)?;
         let resume = self.record.state == State::Resuming;
+        // From here on it is more than the store has.
+        self.record.in_store = None;
         if resume {
             self.record.prepare_resume();
         } else {
@@ -108,7 +110,7 @@ impl Instance {
         create_folder(&guarded, 0o700)?;
         let uefi_vars = match manifest.hardware.firmware {
             Firmware::Bios => None,
-            Firmware::Uefi => Some(self.uefi_vars(&guarded)?),
+            Firmware::Uefi => Some(self.uefi_vars()?),
         };
         let disks = self.record.disks.iter().map(|disk| RunDisk {
             name: disk.name.clone(),
@@ -154,8 +156,8 @@ impl Instance {
     }
 
     /// The instance's own UEFI variables, made from the distribution's template at the first start.
-    fn uefi_vars(&self, guarded: &Path) -> std::io::Result<PathBuf> {
-        let path = guarded.join("uefi-vars.fd");
+    fn uefi_vars(&self) -> std::io::Result<PathBuf> {
+        let path = self.uefi_vars_path();
         if !path.exists() {
             let template = OVMF_VARS.iter().find(|path| Path::new(path).exists());
             let template = template
@@ -163,6 +165,10 @@ impl Instance {
             std::fs::copy(template, &path)?;
         }
         Ok(path)
+    }
+
+    pub(crate) fn uefi_vars_path(&self) -> PathBuf {
+        self.run_dir.join("v/uefi-vars.fd")
     }
 
     /// Bytes that a layer takes on the host's disk.

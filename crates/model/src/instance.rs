@@ -170,6 +170,9 @@ pub struct Spec {
     /// SSH public keys that may log in, one per line.
     #[serde(default)]
     pub authorized_keys: Vec<String>,
+    /// What it was on the host that had it before; it is brought from the store before anything else happens to it.
+    #[serde(default)]
+    pub arrival: Option<BackupId>,
 }
 
 /// Something asked of one instance that has a beginning and an end.
@@ -218,7 +221,16 @@ pub enum OperationKind {
         /// Which, of this instance or another.
         backup: BackupId,
     },
-    /// Save the running machine and end it.
+    /// Put what the instance is, which does not run, into the store.
+    Push,
+    /// Bring the instance from the store, and let its machine go on if it has one.
+    Receive {
+        /// What it was.
+        backup: BackupId,
+        /// Without its memory: it is booted.
+        cold: bool,
+    },
+    /// Save the running machine, put it into the store, and end it.
     Suspend,
     /// Go on with the machine that was saved.
     Resume,
@@ -260,6 +272,8 @@ impl OperationKind {
             Self::Logs { .. } => "logs",
             Self::Backup => "backup",
             Self::Restore { .. } => "restore",
+            Self::Push => "push",
+            Self::Receive { .. } => "move",
             Self::Suspend => "suspend",
             Self::Resume => "resume",
             Self::Checkpoint { .. } => "checkpoint",
@@ -356,6 +370,12 @@ pub struct Observed {
     /// The machine that was saved, while it is suspended.
     #[serde(default)]
     pub suspended: Option<CheckpointMachine>,
+    /// Where in the store what it is now lies, if it does not run.
+    #[serde(default)]
+    pub in_store: Option<BackupId>,
+    /// The [`Spec::arrival`] that was brought here.
+    #[serde(default)]
+    pub arrived: Option<BackupId>,
     /// Whether the running machine went on with a saved one.
     #[serde(default)]
     pub resumed: bool,

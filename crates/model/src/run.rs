@@ -73,8 +73,10 @@ pub struct RunResume {
     pub memory: Vec<PathBuf>,
     /// The file with the rest of it.
     pub state: PathBuf,
-    /// That file's digest: state and memory are of one instant, and useless apart.
+    /// That file's digest.
     pub digest: Digest,
+    /// The instant that state and memory are of; they are useless apart.
+    pub epoch: String,
 }
 
 /// Save the machine: memory, devices and disks of one instant.
@@ -82,6 +84,8 @@ pub struct RunResume {
 pub struct SaveOrder {
     /// Names this order, for [`RunStatus::save`].
     pub number: u64,
+    /// Names the instant, for ever.
+    pub epoch: String,
     /// The layer of memory to create.
     pub memory: PathBuf,
     /// The file to create with the rest of the machine.
@@ -137,6 +141,17 @@ pub struct Platform {
     pub accelerator: String,
     /// The processor that the guest sees.
     pub cpu: String,
+}
+
+impl Platform {
+    /// Whether a machine that was saved on this one goes on at a host which has `there`; the error says why not.
+    pub fn goes_on_at(&self, there: Option<&Platform>) -> Result<(), String> {
+        match there {
+            Some(there) if there == self => Ok(()),
+            Some(there) => Err(format!("it was saved on {self}, and there is {there}")),
+            None => Err("it is not known what machines run on there".into()),
+        }
+    }
 }
 
 impl std::fmt::Display for Platform {

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::run::RunImage;
 use crate::{Digest, InstanceId, Name};
 
 /// What to do with the disks of a machine that is off.
@@ -24,6 +25,10 @@ pub enum PrivateOrder {
         hashes: PathBuf,
         /// Which disks of `run.json`.
         disks: Vec<Name>,
+        /// The whole instance: what else belongs to it. Then what its disks and memory have of its version's image is
+        /// not stored again.
+        #[serde(default)]
+        whole: Option<WholeOrder>,
     },
     /// Fetch disks into layers.
     Restore {
@@ -33,9 +38,45 @@ pub enum PrivateOrder {
         packs: Vec<RunPack>,
         /// A folder for what is fetched, still encrypted; the daemon removes it.
         scratch: PathBuf,
-        /// Where each disk goes.
+        /// Where each disk goes, and the memory.
         disks: Vec<RestoreDisk>,
+        /// Where each file goes.
+        #[serde(default)]
+        files: Vec<RestoreFile>,
     },
+}
+
+/// What belongs to an instance beside its disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WholeOrder {
+    /// Layers of its memory, oldest first; empty: it has none.
+    pub memory: Vec<PathBuf>,
+    /// The memory's size in bytes.
+    pub memory_size: u64,
+    /// Files, by a name that whoever restores them knows.
+    pub files: Vec<(String, PathBuf)>,
+}
+
+/// A file to restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreFile {
+    /// The keyed name of its root page.
+    pub root: Digest,
+    /// In bytes.
+    pub size: u64,
+    /// The file to create.
+    pub path: PathBuf,
+}
+
+/// A file that was stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredFile {
+    /// Its name.
+    pub name: String,
+    /// In bytes.
+    pub size: u64,
+    /// The keyed name of its root page.
+    pub root: Digest,
 }
 
 /// A pack, as lists name it.
@@ -62,6 +103,9 @@ pub struct RestoreDisk {
     pub becomes: u64,
     /// The layer to create.
     pub layer: PathBuf,
+    /// What is below the layer; only what differs from it goes into the layer.
+    #[serde(default)]
+    pub image: Option<RunImage>,
 }
 
 /// How it is going, and what came out.
@@ -83,6 +127,12 @@ pub enum PrivateNews {
         packs: Vec<Digest>,
         /// Bytes of the disks that are not zeros.
         used_bytes: u64,
+        /// The root of the memory, where that was stored.
+        #[serde(default)]
+        memory: Option<Digest>,
+        /// Files that were stored.
+        #[serde(default)]
+        files: Vec<StoredFile>,
     },
     /// The layers are there, durable.
     Restored {

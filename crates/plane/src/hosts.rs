@@ -123,12 +123,14 @@ impl Plane {
         // A time-out only means that nothing has changed; the answer is the same as before.
         let _ = tokio::time::timeout(wait, changed.wait_for(|revision| *revision != seen)).await;
         let revision = *changed.borrow_and_update();
-        let rows = self.database().instances().await?.into_iter().filter(|row| row.host == *host);
+        let rows = self.database().instances().await?;
+        let moved = self.moved(&rows, host);
+        let rows = rows.into_iter().filter(|row| row.host == *host);
         let specs: Vec<_> = rows.map(|row| row.spec).collect();
         let open = self.database().open_operations().await?.into_iter().map(|(operation, _)| operation);
         let operations = open.filter(|operation| specs.iter().any(|spec| spec.id == operation.instance)).collect();
         let tunnels = self.inner.tunnels.for_host(host);
-        Ok(HostOrders { revision, host: host.clone(), specs, operations, tunnels })
+        Ok(HostOrders { revision, host: host.clone(), specs, operations, tunnels, moved })
     }
 
     pub(crate) async fn host_views(&self) -> Answer<Vec<HostView>> {

@@ -12,8 +12,8 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use collective_api::{
     Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer, JoinRequest, LaunchRequest,
-    NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StoreStatus, TUNNEL_PROTOCOL, TokenView,
-    TunnelAnswer, TunnelTarget,
+    MoveRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StoreStatus, TUNNEL_PROTOCOL,
+    TokenView, TunnelAnswer, TunnelTarget,
 };
 use collective_model::{Name, OperationId, TunnelId};
 use collective_store::depot::DepotError;
@@ -43,6 +43,7 @@ pub(crate) fn router(plane: Plane) -> Router {
         .route("/v1/instances", get(instances).post(launch))
         .route("/v1/instances/{name}", get(instance).patch(change))
         .route("/v1/instances/{name}/power", post(power))
+        .route("/v1/instances/{name}/move", post(move_instance))
         .route("/v1/instances/{name}/operations", post(operate))
         .route("/v1/instances/{name}/history", get(history))
         .route("/v1/instances/{name}/tunnel", post(open_tunnel))
@@ -193,6 +194,16 @@ async fn power(
 ) -> Answer<Json<InstanceView>> {
     caller.user()?;
     Ok(Json(plane.power(&parse(&name)?, request.on).await?))
+}
+
+async fn move_instance(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Json(request): Json<MoveRequest>,
+) -> Answer<Json<OperationView>> {
+    caller.user()?;
+    Ok(Json(plane.move_instance(&parse(&name)?, request).await?))
 }
 
 async fn operate(

@@ -2,8 +2,8 @@
 
 use collective_api::{InstancePatch, InstanceView, LaunchRequest, OperationRequest, OperationView};
 use collective_model::{
-    ApplianceName, Generation, InstanceId, Manifest, Name, Operation, OperationId, OperationKind, Reference, Selector,
-    Spec, Timestamp, VersionName,
+    ApplianceName, Generation, InstanceId, Manifest, Name, Operation, OperationId, OperationKind, PublishedPort,
+    Reference, Selector, Spec, Timestamp, VersionName,
 };
 
 use crate::Plane;
@@ -60,6 +60,7 @@ impl Plane {
             memory: request.memory,
             disk_sizes: Default::default(),
             authorized_keys: request.authorized_keys,
+            arrival: None,
         };
         let row =
             InstanceRow { spec, host, follow: request.follow, hold_until: None, observed: None, failed: Vec::new() };
@@ -183,9 +184,22 @@ impl Plane {
         let mut row = self.row(name).await?;
         row.spec.on = on;
         row.spec.power_serial += 1;
-        self.database().update_instance(&row).await?;
+        if !self.database().update_instance(&row).await? {
+            return Err(Failure::conflict(format!("{name} was given to another host just now; try again")));
+        }
         self.orders_changed();
         self.instance_view(name).await
+    }
+
+    /// Whether a host can take this instance beside what it has.
+    pub(crate) async fn has_room(&self, row: &InstanceRow, host: &Name) -> Answer<()> {
+        let mut others = self.database().instances().await?;
+        others.retain(|other| other.spec.id != row.spec.id);
+        let version = self.database().version(&row.spec.version).await?;
+        let manifest = version.as_ref().map(manifest_of).transpose()?;
+        let cpus = row.spec.cpus.or(manifest.map(|manifest| manifest.hardware.cpus)).unwrap_or(1);
+        self.choose_host(Some(host), &others, self.memory_of(row).await?, cpus).await?;
+        check_free_ports(&row.spec.ports, host, &others)
     }
 
     /// Changes what may be changed at any time.
@@ -274,6 +288,7 @@ impl Plane {
             OperationRequest::Restore { backup } => {
                 OperationKind::Restore { backup: self.backup_for(&row, backup).await? }
             }
+            OperationRequest::Push => OperationKind::Push,
             OperationRequest::Suspend => OperationKind::Suspend,
             OperationRequest::Resume => OperationKind::Resume,
             OperationRequest::Checkpoint { why } => OperationKind::Checkpoint { why: checked_words(why)? },
@@ -340,15 +355,23 @@ fn check_ports(request: &LaunchRequest, manifest: &Manifest, host: &Name, instan
                 offered.join(", ")
             )));
         }
-        let same = |other: &collective_model::PublishedPort| {
-            let overlap = other.address.is_unspecified() || port.address.is_unspecified();
-            other.host == port.host && (overlap || other.address == port.address)
-        };
-        if request.ports[..index].iter().any(same) {
+        if request.ports[..index].iter().any(|other| overlap(other, port)) {
             return Err(Failure::invalid(format!("port {} is published twice", port.host)));
         }
-        let taker = instances.iter().find(|row| row.host == *host && row.spec.ports.iter().any(same));
-        if let Some(taker) = taker {
+    }
+    check_free_ports(&request.ports, host, instances)
+}
+
+fn overlap(one: &PublishedPort, other: &PublishedPort) -> bool {
+    let any = one.address.is_unspecified() || other.address.is_unspecified();
+    one.host == other.host && (any || one.address == other.address)
+}
+
+/// Ports of a host that `instances` have are not given to another.
+fn check_free_ports(ports: &[PublishedPort], host: &Name, instances: &[InstanceRow]) -> Answer<()> {
+    for port in ports {
+        let has = |row: &&InstanceRow| row.host == *host && row.spec.ports.iter().any(|other| overlap(other, port));
+        if let Some(taker) = instances.iter().find(has) {
             return Err(Failure::conflict(format!(
                 "port {} of host \"{host}\" is taken by instance \"{}\"",
                 port.host, taker.spec.name

@@ -25,6 +25,11 @@ impl From<OwnerKeyError> for Failure {
     }
 }
 
+/// Whether a host stores private data to carry this out.
+fn stores(kind: &OperationKind) -> bool {
+    matches!(kind, OperationKind::Backup | OperationKind::Suspend | OperationKind::Push)
+}
+
 impl Plane {
     /// The operation `id`, if it is open and `host` has to carry it out.
     async fn ordered(&self, host: &Name, id: &OperationId) -> Answer<(Operation, InstanceRow)> {
@@ -41,13 +46,13 @@ impl Plane {
     pub(crate) async fn private_grant(&self, host: &Name, id: &OperationId) -> Answer<PrivateGrant> {
         let (operation, _) = self.ordered(host, id).await?;
         match operation.kind {
-            OperationKind::Backup => {
+            OperationKind::Backup | OperationKind::Suspend | OperationKind::Push => {
                 let key = self.current_key().await?;
                 let newest = self.database().backups(Some(&operation.instance)).await?.into_iter().next();
                 // What another key sealed cannot be shared with it.
                 Ok(PrivateGrant { backup: newest.filter(|backup| backup.key == key.id()), key })
             }
-            OperationKind::Restore { backup } => {
+            OperationKind::Restore { backup } | OperationKind::Receive { backup, .. } => {
                 let backup = self.backup(&backup).await?;
                 Ok(PrivateGrant { key: self.inner.keys.lock().await.get(&backup.key)?, backup: Some(backup) })
             }
@@ -63,9 +68,14 @@ impl Plane {
     /// What a restore of an instance goes to.
     pub(crate) async fn backup_for(&self, row: &InstanceRow, wanted: Option<BackupId>) -> Answer<BackupId> {
         if let Some(wanted) = wanted {
-            return Ok(self.backup(&wanted).await?.id);
+            let wanted = self.backup(&wanted).await?;
+            if wanted.whole.is_some() {
+                return Err(Failure::invalid("this is a whole instance at rest, and not a backup of data"));
+            }
+            return Ok(wanted.id);
         }
-        let newest = self.database().backups(Some(&row.spec.id)).await?.into_iter().next();
+        let backups = self.database().backups(Some(&row.spec.id)).await?;
+        let newest = backups.into_iter().find(|backup| backup.whole.is_none());
         let newest = newest.ok_or_else(|| {
             Failure::missing(format!(
                 "there is no backup of {}; `collective backup list` shows those of others, for --backup",
@@ -87,7 +97,7 @@ impl Plane {
         let may = match caller {
             Caller::User => self.database().private_packs(instance).await?.contains(&pack),
             Caller::Joiner(_) => false,
-            Caller::Host(host) => self.has_order(host, instance, |kind| matches!(kind, OperationKind::Backup)).await?,
+            Caller::Host(host) => self.has_order(host, instance, stores).await?,
         };
         if !may {
             return Err(Failure::forbidden(
@@ -150,7 +160,7 @@ impl Plane {
         let _stays = self.inner.private.read().await;
         let (operation, row) = self.ordered(host, id).await?;
         let refused = |why: &str| Failure::invalid(format!("this backup of {} is refused: {why}", row.spec.name));
-        if operation.kind != OperationKind::Backup || backup.id.as_str() != id.as_str() {
+        if !stores(&operation.kind) || backup.id.as_str() != id.as_str() {
             return Err(refused("no such backup was ordered"));
         }
         if backup.instance != operation.instance || backup.generation != row.spec.generation {
@@ -167,8 +177,18 @@ impl Plane {
         backup.stored_bytes = infos.iter().map(|pack| pack.size).sum();
         backup.new_bytes = infos.iter().filter(|pack| !before.contains(&pack.digest)).map(|pack| pack.size).sum();
         backup.packs = infos;
-        backup.name = row.spec.name;
+        backup.name = row.spec.name.clone();
+        if backup.whole.is_some() != (operation.kind != OperationKind::Backup) {
+            return Err(refused("it is of another kind than was ordered"));
+        }
         self.database().insert_backup(&backup).await?;
+        if backup.whole.is_some() {
+            // Only the newest is gone on with. One that is being brought somewhere stays.
+            let others = self.database().backups(Some(&backup.instance)).await?;
+            for old in others.iter().filter(|old| old.whole.is_some() && old.id != backup.id) {
+                self.database().delete_backup(&old.id).await?;
+            }
+        }
         self.state_changed();
         self.backup(&backup.id).await
     }
@@ -216,8 +236,7 @@ impl Plane {
             let _alone = self.inner.private.write().await;
             let exists = self.database().instance(&instance).await?.is_some();
             let open = self.database().open_operations().await?;
-            let backs_up =
-                |operation: &Operation| operation.kind == OperationKind::Backup && operation.instance == instance;
+            let backs_up = |operation: &Operation| stores(&operation.kind) && operation.instance == instance;
             if exists && open.iter().any(|(operation, _)| backs_up(operation)) {
                 continue;
             }

@@ -111,6 +111,7 @@ fn backup(operation: &str, instance: &InstanceId, key: &OwnerKey, packs: &[Diges
         used_bytes: 8192,
         stored_bytes: 1,
         new_bytes: 1,
+        whole: None,
     }
 }
 

@@ -26,6 +26,7 @@ use collective_store::Source;
 use tokio::io::AsyncWrite;
 
 pub use private::OpenVault;
+pub use save::platform;
 pub use state::NotStarted;
 
 /// The file of the memory beside those of the disks; not a name that a disk can have.

@@ -13,10 +13,12 @@ use std::time::Duration;
 
 use collective_disk::ReadAt;
 use collective_model::run::RunConfig;
-use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RunPack, StoredDisk};
+use collective_model::run_private::{
+    PrivateNews, PrivateOrder, RestoreDisk, RestoreFile, RunPack, StoredDisk, StoredFile, WholeOrder,
+};
 use collective_model::{Digest, InstanceId, Name};
 use collective_store::cache::Cache;
-use collective_store::fetch::FrameStore;
+use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::{Pack, TRAILER};
 use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
@@ -24,6 +26,7 @@ use collective_store::seal::Seal;
 use collective_store::trace::Trace;
 use collective_store::{BLOCK, PackInfo, SourceError, Vault};
 use collective_volume::{Disk, Layer};
+use rayon::prelude::*;
 use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
@@ -34,6 +37,8 @@ use crate::send::open;
 const MAX_ORDER: u64 = 16 << 20;
 /// A store that is away is tried again this often, after a second and then after twice the pause each time.
 const ATTEMPTS: u32 = 6;
+/// Files of an instance are far below it, in bytes.
+const MAX_FILE: u64 = 1 << 30;
 /// The daemon is told after so many bytes.
 const TELL_EVERY: u64 = 4 << 20;
 
@@ -87,23 +92,52 @@ pub(crate) async fn carry_out(
 ) -> Result<PrivateNews, String> {
     let Wanted { seal, order } = wanted;
     match order {
-        PrivateOrder::Backup { home, known, hashes, disks } => {
+        PrivateOrder::Backup { home, known, hashes, disks, whole } => {
             let vault = open_vault(config, &home, infos(&known))?;
             let cache = Cache::open(&config.cache).map_err(|e| format!("cannot open the host's cache: {e}"))?;
             let store = Arc::new(FrameStore::new(cache, open_source(config)?));
-            let opened = open_disks(config, &disks, &store).await?;
-            let known = recall(vault.as_ref(), &known, &hashes, &seal).await?;
+            let disks = open_disks(config, &disks, &store).await?;
+            let mut known = recall(vault.as_ref(), &known, &hashes, &seal).await?;
+            let memory = whole.as_ref().map(|whole| open_memory(whole, &store)).transpose()?.flatten();
             let (out, handle) = (out.clone(), Handle::current());
-            let back_up = move || back_up(opened, known, seal, Sink { vault, hashes, handle }, &out);
+            let back_up = move || {
+                if whole.is_some() {
+                    let images = disks.iter().filter_map(|(_, disk)| disk.image());
+                    let frames: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
+                    known.learn_elsewhere(&at_hand(store.cache(), &frames, &seal).map_err(|e| e.to_string())?);
+                }
+                let what = What { disks, memory, files: whole.map(|whole| whole.files) };
+                back_up(what, known, seal, Sink { vault, hashes, handle }, &out)
+            };
             tokio::task::spawn_blocking(back_up).await.map_err(|e| e.to_string())?
         }
-        PrivateOrder::Restore { home, packs, scratch, disks } => {
+        PrivateOrder::Restore { home, packs, scratch, disks, files } => {
             let vault = open_vault(config, &home, infos(&packs))?;
             let cache = Cache::open(&scratch).map_err(|e| format!("cannot use {}: {e}", scratch.display()))?;
-            let store = FrameStore::new(cache.sealed(seal), vault);
-            restore(&store, &disks, out).await
+            let private = FrameStore::new(cache.sealed(seal), vault);
+            let cache = Cache::open(&config.cache).map_err(|e| format!("cannot open the host's cache: {e}"))?;
+            let public = FrameStore::new(cache, open_source(config)?);
+            restore(&Stores { private, public }, &disks, &files, out).await
         }
     }
+}
+
+fn open_memory(whole: &WholeOrder, store: &Arc<FrameStore>) -> Result<Option<Disk>, String> {
+    if whole.memory.is_empty() {
+        return Ok(None);
+    }
+    let opened = Disk::open_frozen(whole.memory_size, None, store.clone(), &whole.memory);
+    opened.map(Some).map_err(|e| format!("its memory cannot be opened: {e}"))
+}
+
+/// Names of the blocks of those frames that are in the host's cache, in the owner's words.
+fn at_hand(cache: &Cache, frames: &[Digest], seal: &Seal) -> io::Result<Vec<(Digest, Vec<[u8; 32]>)>> {
+    let names = |frame: &Digest| {
+        let cached = cache.get(frame)?;
+        Ok(cached.map(|cached| (*frame, seal.block_names(&cached.content))))
+    };
+    let named: io::Result<Vec<_>> = frames.par_iter().map(names).collect();
+    Ok(named?.into_iter().flatten().collect())
 }
 
 fn infos(packs: &[RunPack]) -> Vec<PackInfo> {
@@ -176,36 +210,65 @@ async fn recall(vault: &dyn Vault, packs: &[RunPack], hashes: &Path, seal: &Arc<
     Ok(known)
 }
 
-fn back_up(
+/// What is stored.
+struct What {
     disks: Vec<(Name, Disk)>,
+    memory: Option<Disk>,
+    /// The whole instance, with these files.
+    files: Option<Vec<(String, PathBuf)>>,
+}
+
+fn back_up(
+    what: What,
     known: KnownBlocks,
     seal: Arc<Seal>,
     mut sink: Sink,
     out: &Teller,
 ) -> Result<PrivateNews, String> {
-    let total: u64 = disks.iter().map(|(_, disk)| disk.size()).sum();
-    let (mut before, told) = (0, AtomicU64::new(0));
+    let sizes = what.disks.iter().map(|(_, disk)| disk).chain(&what.memory).map(Disk::size);
+    let total: u64 = sizes.sum();
+    let (before, told) = (AtomicU64::new(0), AtomicU64::new(0));
+    let progress = |done: u64| {
+        let done = before.load(Ordering::Relaxed) + done;
+        if done >= told.load(Ordering::Relaxed) + TELL_EVERY {
+            told.store(done, Ordering::Relaxed);
+            out.tell(&PrivateNews::Progress { done, total });
+        }
+    };
     let handle = sink.handle.clone();
     let mut publisher = Publisher::new(known, &mut sink).sealing(seal);
-    let mut stored = Vec::new();
-    for (name, disk) in disks {
-        let failed = |e: &dyn std::fmt::Display| format!("disk \"{name}\" cannot be backed up: {e}");
+    let mut disks = Vec::new();
+    for (name, disk) in what.disks {
+        let failed = |e: &dyn std::fmt::Display| format!("disk \"{name}\" cannot be stored: {e}");
         let size = disk.size();
         let reader = Reader { disk, handle: handle.clone() };
-        let survey = collective_disk::unused(&reader).map_err(|e| failed(&e))?;
-        survey.notes.iter().for_each(|note| tracing::info!(disk = %name, note, "what is stored of it"));
-        let progress = |done: u64| {
-            if before + done >= told.load(Ordering::Relaxed) + TELL_EVERY {
-                told.store(before + done, Ordering::Relaxed);
-                out.tell(&PrivateNews::Progress { done: before + done, total });
+        // A machine that goes on may know of its disk what the disk does not say yet.
+        let unused = match what.files {
+            Some(_) => Vec::new(),
+            None => {
+                let survey = collective_disk::unused(&reader).map_err(|e| failed(&e))?;
+                survey.notes.iter().for_each(|note| tracing::info!(disk = %name, note, "what is stored of it"));
+                survey.unused
             }
         };
-        let root = publisher.add(&reader, &survey.unused, &Trace::default(), &progress).map_err(|e| failed(&e))?;
-        before += size;
-        stored.push(StoredDisk { name, size, root });
+        let root = publisher.add(&reader, &unused, &Trace::default(), &progress).map_err(|e| failed(&e))?;
+        before.fetch_add(size, Ordering::Relaxed);
+        disks.push(StoredDisk { name, size, root });
     }
-    let (packs, summary) = publisher.finish().map_err(|e| format!("the backup cannot be stored: {e}"))?;
-    Ok(PrivateNews::Stored { disks: stored, packs, used_bytes: summary.used_bytes })
+    let failed = |e: io::Error| format!("the instance cannot be stored: {e}");
+    let add = |disk| publisher.add(&Reader { disk, handle }, &[], &Trace::default(), &progress);
+    let memory = what.memory.map(add).transpose().map_err(failed)?;
+    let mut files = Vec::new();
+    for (name, path) in what.files.into_iter().flatten() {
+        let mut content = std::fs::read(&path).map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
+        let size = content.len() as u64;
+        // An image has whole sectors.
+        content.resize(content.len().next_multiple_of(BLOCK as usize).max(BLOCK as usize), 0);
+        let root = publisher.add(&content, &[], &Trace::default(), &|_| {}).map_err(failed)?;
+        files.push(StoredFile { name, size, root });
+    }
+    let (packs, summary) = publisher.finish().map_err(failed)?;
+    Ok(PrivateNews::Stored { disks, packs, used_bytes: summary.used_bytes, memory, files })
 }
 
 /// A disk for whoever may block.
@@ -285,21 +348,53 @@ fn remember(folder: &Path, pack: &Digest, hashes: &PackHashes) {
     }
 }
 
-async fn restore(store: &FrameStore, disks: &[RestoreDisk], out: &Teller) -> Result<PrivateNews, String> {
+/// Where frames come from: those of the owner, and those of the versions that the instance is made of.
+struct Stores {
+    private: FrameStore,
+    public: FrameStore,
+}
+
+async fn restore(
+    stores: &Stores,
+    disks: &[RestoreDisk],
+    files: &[RestoreFile],
+    out: &Teller,
+) -> Result<PrivateNews, String> {
     let nowhere = "private/data".parse().map_err(|e| format!("{e}"))?;
-    let mut maps = Vec::new();
-    let mut frames = Vec::new();
+    let name = &disks.first().ok_or("there are no disks in it")?.name;
+    let gone = |e: &FetchError| not_there(name, e);
+    let (mut maps, mut frames) = (Vec::new(), Vec::new());
     for disk in disks {
-        store.add_version(&nowhere, &disk.root).await;
-        let map = ImageMap::load(store, disk.root).await.map_err(|e| not_there(&disk.name, &e))?;
+        stores.private.add_version(&nowhere, &disk.root).await;
+        let map = ImageMap::load(&stores.private, disk.root).await.map_err(|e| not_there(&disk.name, &e))?;
         if map.size != disk.size || disk.size > disk.becomes {
             return Err(format!("disk \"{}\" has another size in the backup than the plane recorded", disk.name));
         }
-        frames.extend(map.frames());
-        maps.push(map);
+        let below = match &disk.image {
+            Some(image) => {
+                stores.public.add_version(&image.appliance, &image.version).await;
+                let below = ImageMap::load(&stores.public, image.root).await;
+                Some(below.map_err(|e| format!("its version's image is not to be had: {e}"))?)
+            }
+            None => None,
+        };
+        let pieces = pieces(&map, below.as_ref());
+        frames.extend(pieces.iter().filter_map(|piece| piece.frame));
+        maps.push((map, pieces));
     }
-    let name = disks.first().map(|disk| &disk.name).ok_or("the backup has no disks")?;
-    let total = store.lack(&frames).await.map_err(|e| not_there(name, &e))?.bytes;
+    for file in files {
+        let map = ImageMap::load(&stores.private, file.root).await.map_err(|e| gone(&e))?;
+        frames.extend(map.frames());
+    }
+    frames.sort_unstable();
+    frames.dedup();
+    let own: HashSet<Digest> = stores.private.known(&frames).await.map_err(|e| gone(&e))?.into_iter().collect();
+    let (own, others): (Vec<Digest>, Vec<Digest>) = frames.into_iter().partition(|frame| own.contains(frame));
+    let lacks = [stores.private.lack(&own).await, stores.public.lack(&others).await];
+    let mut total = 0;
+    for lack in lacks {
+        total += lack.map_err(|e| gone(&e))?.bytes;
+    }
     let (done, told) = (AtomicU64::new(0), AtomicU64::new(0));
     let progress = |bytes: u64| {
         let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
@@ -308,16 +403,63 @@ async fn restore(store: &FrameStore, disks: &[RestoreDisk], out: &Teller) -> Res
             out.tell(&PrivateNews::Progress { done, total });
         }
     };
-    let fetched = store.prefetch(&frames, &progress).await.map_err(|e| not_there(name, &e))?;
+    stores.private.prefetch(&own, &progress).await.map_err(|e| gone(&e))?;
+    stores.public.prefetch(&others, &progress).await.map_err(|e| gone(&e))?;
+    let own: HashSet<Digest> = own.into_iter().collect();
     let mut bytes = 0;
-    for (disk, map) in disks.iter().zip(&maps) {
-        bytes += write(store, disk, map).await?;
+    for (disk, (map, pieces)) in disks.iter().zip(&maps) {
+        bytes += write(stores, &own, disk, map.size, pieces).await?;
     }
-    Ok(PrivateNews::Restored { bytes, fetched })
+    for file in files {
+        write_file(stores, &own, file).await.map_err(|e| format!("{} cannot be written: {e}", file.path.display()))?;
+    }
+    Ok(PrivateNews::Restored { bytes, fetched: done.into_inner() })
+}
+
+/// Blocks that differ from what is below.
+struct Piece {
+    first: u64,
+    blocks: u64,
+    /// None: zeros.
+    frame: Option<Digest>,
+    /// The frame's length in bytes.
+    length: u32,
+    /// The first block's place in the frame.
+    offset: u16,
+}
+
+/// What of an image is not the same, by name, in the image below.
+fn pieces(map: &ImageMap, below: Option<&ImageMap>) -> Vec<Piece> {
+    let mut found = Vec::new();
+    let mut block = 0;
+    while block < map.blocks() {
+        let run = map.run_at(block);
+        let under = below.filter(|below| block < below.blocks()).map(|below| below.run_at(block));
+        let length = |run: &Run| match run {
+            Run::Zeros(blocks) | Run::Frame { blocks, .. } => *blocks,
+        };
+        let blocks = under.as_ref().map_or(u64::MAX, length).min(length(&run)).min(map.blocks() - block);
+        let same = match (&run, &under) {
+            (Run::Zeros(_), None | Some(Run::Zeros(_))) => true,
+            (Run::Frame { digest: a, offset: x, .. }, Some(Run::Frame { digest: b, offset: y, .. })) => {
+                a == b && x == y
+            }
+            _ => false,
+        };
+        if !same {
+            let (frame, length, offset) = match run {
+                Run::Zeros(_) => (None, 0, 0),
+                Run::Frame { digest, length, offset, .. } => (Some(digest), length, offset),
+            };
+            found.push(Piece { first: block, blocks, frame, length, offset });
+        }
+        block += blocks;
+    }
+    found
 }
 
 /// What a store that lost, changed or rolled back an object is found out by.
-fn not_there(disk: &Name, error: &collective_store::fetch::FetchError) -> String {
+fn not_there(disk: &Name, error: &FetchError) -> String {
     if error.is_away() {
         return format!("disk \"{disk}\" cannot be fetched now: {error}");
     }
@@ -328,28 +470,65 @@ fn not_there(disk: &Name, error: &collective_store::fetch::FetchError) -> String
     )
 }
 
-/// Writes a disk into a new layer; durable when it returns. What is zeros is not in the layer, and nothing is below it.
-async fn write(store: &FrameStore, disk: &RestoreDisk, map: &ImageMap) -> Result<u64, String> {
+/// Content of a frame, from wherever it is.
+async fn content(
+    stores: &Stores,
+    own: &HashSet<Digest>,
+    frame: &Digest,
+    length: u32,
+) -> Result<Arc<Vec<u8>>, FetchError> {
+    let store = if own.contains(frame) { &stores.private } else { &stores.public };
+    store.frame(frame, length).await
+}
+
+/// Writes what of a disk differs from what is below into a new layer; durable when it returns.
+async fn write(
+    stores: &Stores,
+    own: &HashSet<Digest>,
+    disk: &RestoreDisk,
+    size: u64,
+    pieces: &[Piece],
+) -> Result<u64, String> {
     let failed = |e: &dyn std::fmt::Display| format!("disk \"{}\" cannot be written: {e}", disk.name);
     Layer::create(&disk.layer, disk.becomes).map_err(|e| failed(&e))?;
     let layer = Layer::open(&disk.layer, disk.becomes, true).map_err(|e| failed(&e))?;
-    let (mut block, mut written) = (0, 0);
-    while block < map.blocks() {
-        block += match map.run_at(block) {
-            Run::Zeros(blocks) => blocks,
-            Run::Frame { digest, length, offset, blocks } => {
-                let content = store.frame(&digest, length).await.map_err(|e| not_there(&disk.name, &e))?;
-                let from = usize::from(offset) * BLOCK as usize;
-                let end = (blocks * BLOCK).min(map.size - block * BLOCK) as usize;
-                let part = content.get(from..from + end).ok_or_else(|| failed(&"its index points beyond a frame"))?;
-                layer.write(block * BLOCK, part).map_err(|e| failed(&e))?;
-                written += part.len() as u64;
-                blocks
-            }
+    let mut written = 0;
+    for piece in pieces {
+        let Some(frame) = &piece.frame else {
+            layer.discard(piece.first, piece.blocks).map_err(|e| failed(&e))?;
+            continue;
         };
+        let content = content(stores, own, frame, piece.length).await.map_err(|e| not_there(&disk.name, &e))?;
+        let from = usize::from(piece.offset) * BLOCK as usize;
+        let end = (piece.blocks * BLOCK).min(size - piece.first * BLOCK) as usize;
+        let part = content.get(from..from + end).ok_or_else(|| failed(&"its index points beyond a frame"))?;
+        layer.write(piece.first * BLOCK, part).map_err(|e| failed(&e))?;
+        written += part.len() as u64;
     }
     layer.flush().map_err(|e| failed(&e))?;
     Ok(written)
+}
+
+/// Writes a file; durable when it returns.
+async fn write_file(stores: &Stores, own: &HashSet<Digest>, file: &RestoreFile) -> Result<(), String> {
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    let map = ImageMap::load(&stores.private, file.root).await.map_err(|e| e.to_string())?;
+    if file.size > map.size || map.size > MAX_FILE {
+        return Err("it has another size than the plane recorded".into());
+    }
+    let io = |e: io::Error| e.to_string();
+    let mut options = std::fs::File::options();
+    let out = options.write(true).create(true).truncate(true).mode(0o600).open(&file.path).map_err(io)?;
+    out.set_len(file.size).map_err(io)?;
+    for Piece { first, blocks, frame, length, offset } in pieces(&map, None) {
+        let Some(frame) = frame else { continue };
+        let content = content(stores, own, &frame, length).await.map_err(|e| e.to_string())?;
+        let from = usize::from(offset) * BLOCK as usize;
+        let end = (blocks * BLOCK).min(file.size.saturating_sub(first * BLOCK)) as usize;
+        let part = content.get(from..from + end).ok_or("its index points beyond a frame")?;
+        out.write_all_at(part, first * BLOCK).map_err(io)?;
+    }
+    out.sync_all().map_err(io)
 }
 
 #[cfg(test)]

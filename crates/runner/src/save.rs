@@ -4,8 +4,8 @@
 //! them are copied while the guest runs. Then it stands still for as long as its devices take and the pages that are left;
 //! what they are goes to a buffer, and to the layer when the guest goes on. So the pause does not grow with the memory.
 //!
-//! State and memory are of one instant, and useless apart: layers of memory are never changed once they are whole, and the
-//! file of the state names them and is known by its digest.
+//! State and memory are of one instant, its epoch, and useless apart: layers of memory are never changed once they are
+//! whole, and the file of the state has the epoch in it and is known by its digest.
 
 use std::io;
 use std::ops::Range;
@@ -144,12 +144,12 @@ impl Saver {
         disks: &[Arc<Disk>],
         state: MachineState,
     ) -> Result<(Digest, u64), String> {
-        let (disks, path, chain, platform) =
-            (disks.to_vec(), order.state.clone(), self.chain.clone(), self.platform.clone());
+        let (disks, path, epoch, platform) =
+            (disks.to_vec(), order.state.clone(), order.epoch.clone(), self.platform.clone());
         let work = move || -> io::Result<(Digest, u64)> {
             layer.flush()?;
             disks.iter().try_for_each(|disk| disk.flush())?;
-            let bytes = encode(&state, &names(&chain), &platform);
+            let bytes = encode(&state, &epoch, &platform);
             write_durably(&path, &bytes)?;
             Ok((Digest::of(&bytes), bytes.len() as u64))
         };
@@ -251,11 +251,6 @@ fn runs(mut pages: &[u8], is_zero: impl Fn(&[u8]) -> bool) -> Vec<&[u8]> {
     found
 }
 
-fn names(layers: &[PathBuf]) -> Vec<String> {
-    let name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    layers.iter().map(name).collect()
-}
-
 fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
@@ -269,11 +264,11 @@ fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// `"CLSM"`, `u16` version 1, `u16` 0, `u32` length of a JSON header, the header, and the machine's state as a frame is
 /// stored.
-fn encode(state: &MachineState, layers: &[String], platform: &Platform) -> Vec<u8> {
+fn encode(state: &MachineState, epoch: &str, platform: &Platform) -> Vec<u8> {
     let state = state.encode();
     let (encoding, stored) = collective_store::encode(&state);
     let header = json!({
-        "memory": layers, "platform": platform, "bytes": state.len(), "encoding": encoding as u8,
+        "epoch": epoch, "platform": platform, "bytes": state.len(), "encoding": encoding as u8,
         "digest": Digest::of(&state),
     });
     let header = header.to_string();
@@ -290,22 +285,20 @@ pub(crate) fn load(resume: &RunResume, here: &Platform) -> Result<MachineState, 
     if Digest::of(&bytes) != resume.digest {
         return Err(format!("{} is damaged, or of another instant", resume.state.display()));
     }
-    decode(&bytes, &names(&resume.memory), here)
+    decode(&bytes, &resume.epoch, here)
 }
 
-fn decode(bytes: &[u8], layers: &[String], here: &Platform) -> Result<MachineState, String> {
+fn decode(bytes: &[u8], epoch: &str, here: &Platform) -> Result<MachineState, String> {
     let broken = || "its state is cut short, or of another format".to_owned();
     let rest = bytes.strip_prefix(MAGIC).ok_or_else(broken)?;
     let (length, rest) = rest.split_first_chunk().ok_or_else(broken)?;
     let (header, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize).ok_or_else(broken)?;
     let header: Value = serde_json::from_slice(header).map_err(|_| broken())?;
-    if header["memory"] != json!(layers) {
+    if header["epoch"] != json!(epoch) {
         return Err("state and memory are of different instants".into());
     }
     let there: Platform = serde_json::from_value(header["platform"].clone()).map_err(|_| broken())?;
-    if there != *here {
-        return Err(format!("it was saved on {there}, and here is {here}"));
-    }
+    there.goes_on_at(Some(here))?;
     let length = header["bytes"].as_u64().and_then(|length| usize::try_from(length).ok());
     let length = length.filter(|length| *length <= MAX_STATE).ok_or_else(broken)?;
     let encoding = header["encoding"].as_u64().and_then(|byte| u8::try_from(byte).ok()).ok_or_else(broken)?;
@@ -316,7 +309,7 @@ fn decode(bytes: &[u8], layers: &[String], here: &Platform) -> Result<MachineSta
 }
 
 /// What a machine that is started here would run on.
-pub(crate) fn platform(qemu: &QemuInfo, accelerator: &Accelerator) -> Platform {
+pub fn platform(qemu: &QemuInfo, accelerator: &Accelerator) -> Platform {
     let (major, minor, micro) = qemu.version;
     let cpu = match accelerator {
         Accelerator::Tcg { .. } => "max".into(),
@@ -354,15 +347,14 @@ mod tests {
 
     #[test]
     fn a_state_goes_on_only_with_its_own_memory_and_where_it_was() {
-        let layers = ["3".to_owned(), "7".to_owned()];
-        let bytes = encode(&state(), &layers, &here());
-        assert_eq!(decode(&bytes, &layers, &here()), Ok(state()));
-        assert!(decode(&bytes, &layers[..1], &here()).unwrap_err().contains("different instants"));
+        let bytes = encode(&state(), "now", &here());
+        assert_eq!(decode(&bytes, "now", &here()), Ok(state()));
+        assert!(decode(&bytes, "then", &here()).unwrap_err().contains("different instants"));
         let there = Platform { qemu: "9.2.0".into(), ..here() };
-        let why = decode(&bytes, &layers, &there).unwrap_err();
+        let why = decode(&bytes, "now", &there).unwrap_err();
         assert!(why.contains("QEMU 10.0.2") && why.contains("9.2.0"), "{why}");
         for cut in 0..bytes.len() {
-            assert!(decode(&bytes[..cut], &layers, &here()).is_err(), "cut at {cut}");
+            assert!(decode(&bytes[..cut], "now", &here()).is_err(), "cut at {cut}");
         }
     }
 
@@ -370,9 +362,10 @@ mod tests {
     fn a_file_that_was_changed_is_not_believed() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("7.state");
-        let bytes = encode(&state(), &["7".to_owned()], &here());
+        let bytes = encode(&state(), "now", &here());
         write_durably(&path, &bytes).unwrap();
-        let resume = RunResume { memory: vec![temp.path().join("7")], state: path.clone(), digest: Digest::of(&bytes) };
+        let (memory, digest) = (vec![temp.path().join("7")], Digest::of(&bytes));
+        let resume = RunResume { memory, state: path.clone(), digest, epoch: "now".into() };
         assert_eq!(load(&resume, &here()), Ok(state()));
         let mut other = bytes.clone();
         *other.last_mut().unwrap() ^= 1;

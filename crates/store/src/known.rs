@@ -194,6 +194,17 @@ impl KnownBlocks {
         }
     }
 
+    /// Takes up frames that are kept elsewhere, by whoever will read: what is like them refers to them, and no pack of
+    /// ours has to have it. `blocks` are [`Seal::block_names`](crate::seal::Seal::block_names) of each one's content.
+    pub fn learn_elsewhere(&mut self, frames: &[(Digest, Vec<[u8; 32]>)]) {
+        for (digest, blocks) in frames {
+            let frame = self.frames.len() as u32;
+            self.frames.push((*digest, blocks.len() as u16));
+            self.by_hash.begin_frame(frame);
+            blocks.iter().for_each(|hash| self.by_hash.add(hash));
+        }
+    }
+
     fn resembles(&mut self, digest: &Digest, blocks: u16, parts: &[Vec<u32>]) -> u32 {
         let number = self.frames.len() as u32;
         self.frames.push((*digest, blocks));

@@ -81,6 +81,11 @@ impl Seal {
         Digest(*blake3::keyed_hash(&self.names, content).as_bytes())
     }
 
+    /// What the blocks of a frame that is not sealed are compared by, with what is.
+    pub fn block_names(&self, content: &[u8]) -> Vec<[u8; 32]> {
+        content.chunks_exact(crate::BLOCK as usize).map(|block| self.name(block).0).collect()
+    }
+
     /// Seals content named `name`.
     pub fn seal(&self, name: &Digest, kind: EntryKind, content: &[u8], level: i32) -> io::Result<Vec<u8>> {
         let (encoding, body) = encode_at(level, content);

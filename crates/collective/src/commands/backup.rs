@@ -134,6 +134,8 @@ fn document(backup: &Record) -> serde_json::Value {
 impl List {
     async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
         let mut backups: Vec<Record> = client.get("/v1/backups").await?;
+        // Whole instances at rest are not backups; they go by themselves.
+        backups.retain(|backup| backup.whole.is_none());
         if let Some(name) = &self.name {
             // An instance may have another name now.
             let id = super::instance(client, name).await.ok().map(|view| view.spec.id);
@@ -197,7 +199,8 @@ impl Delete {
 
 /// The one backup whose id begins with these digits.
 async fn find(client: &Client, digits: &str) -> Result<Record> {
-    let backups: Vec<Record> = client.get("/v1/backups").await?;
+    let mut backups: Vec<Record> = client.get("/v1/backups").await?;
+    backups.retain(|backup| backup.whole.is_none());
     choose(backups, digits)
 }
 

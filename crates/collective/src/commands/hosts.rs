@@ -227,12 +227,14 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
     let client = Arc::new(credentials.client()?);
     let qemu = collective_vmm::find_qemu().await?;
     let accelerator = if options.tcg {
-        "tcg: this host was told not to use KVM".to_owned()
+        collective_vmm::Accelerator::Tcg { why: "this host was told not to use KVM".to_owned() }
     } else {
-        match tokio::task::spawn_blocking(collective_vmm::detect_accelerator).await? {
-            collective_vmm::Accelerator::Kvm => "kvm".to_owned(),
-            collective_vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
-        }
+        tokio::task::spawn_blocking(collective_vmm::detect_accelerator).await?
+    };
+    let platform = Some(collective_runner::platform(&qemu, &accelerator));
+    let accelerator = match accelerator {
+        collective_vmm::Accelerator::Kvm => "kvm".to_owned(),
+        collective_vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
     };
     let mut warnings: Vec<String> = qemu.warning.into_iter().collect();
     if !rustix::process::geteuid().is_root() {
@@ -258,6 +260,7 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
         credentials: path,
         plane,
         force_tcg: options.tcg,
+        platform,
         accelerator,
         warnings,
         cache_budget: options.cache_size.0,

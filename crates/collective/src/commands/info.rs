@@ -70,7 +70,7 @@ pub fn document(view: &InstanceView) -> Value {
         "last_error": seen.and_then(|s| s.last_error.clone()), "last_stop": seen.and_then(|s| s.last_stop.clone()),
         "health": seen.map_or(HealthState::Unknown, |s| s.health), "probe_output": seen.and_then(|s| s.probe_output.clone()),
         "checkpoints": seen.map(|s| s.checkpoints.clone()).unwrap_or_default(),
-        "suspended": seen.and_then(|s| s.suspended.clone()), "resumed": seen.is_some_and(|s| s.resumed),
+        "suspended": seen.and_then(|s| s.suspended.clone()), "in_store": seen.is_some_and(|s| s.in_store.is_some()), "resumed": seen.is_some_and(|s| s.resumed),
         "last_pause_us": seen.and_then(last_pause),
         "settings": spec.settings, "operations": view.operations,
     })

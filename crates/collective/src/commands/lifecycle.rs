@@ -8,7 +8,7 @@ use super::info::until;
 use super::operations::operate;
 use crate::ui::Ui;
 
-async fn power(client: &Client, name: &Name, on: bool) -> Result<InstanceView> {
+pub async fn power(client: &Client, name: &Name, on: bool) -> Result<InstanceView> {
     Ok(client.post(&format!("/v1/instances/{name}/power"), &PowerRequest { on }).await?)
 }
 
@@ -51,7 +51,7 @@ impl Stop {
     }
 }
 
-async fn stop(ui: &Ui, client: &Client, name: &Name) -> Result<InstanceView> {
+pub async fn stop(ui: &Ui, client: &Client, name: &Name) -> Result<InstanceView> {
     power(client, name, false).await?;
     let spinner = ui.spinner(&format!("stopping {name}"));
     let view = until(client, name, Some(State::Stopped)).await;

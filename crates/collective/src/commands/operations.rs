@@ -15,7 +15,12 @@ pub async fn operate(ui: &Ui, client: &Client, name: &Name, request: &OperationR
     if !view.reachable {
         bail!("host \"{}\" of {name} does not answer; try again when it is back", view.host);
     }
-    let mut view: OperationView = client.post(&format!("/v1/instances/{name}/operations"), request).await?;
+    let view: OperationView = client.post(&format!("/v1/instances/{name}/operations"), request).await?;
+    watch(ui, client, name, view).await
+}
+
+/// Watches an operation to its end.
+pub async fn watch(ui: &Ui, client: &Client, name: &Name, mut view: OperationView) -> Result<Value> {
     let verb = view.operation.kind.verb();
     let bar = ui.bytes(verb, 0);
     loop {

@@ -1,16 +1,16 @@
-//! `suspend`, `resume`, `checkpoint`, `timeline`, `restore`: a running machine as data.
+//! `suspend`, `resume`, `move`, `check-host`, `checkpoint`, `timeline`, `restore`: a running machine as data.
 
-use anyhow::Result;
-use collective_api::{Client, OperationRequest};
-use collective_model::{ByteSize, Checkpoint as Kept, CheckpointId, Name};
-use serde_json::Value;
+use anyhow::{Result, anyhow, bail};
+use collective_api::{Client, HostView, InstanceView, MoveRequest, OperationRequest, OperationView};
+use collective_model::{ByteSize, Checkpoint as Kept, CheckpointId, Name, State};
+use serde_json::{Value, json};
 
-use super::operations::operate;
+use super::operations::{operate, watch};
 use crate::ui::{Ui, seconds, table};
 
 /// Save a running instance, memory and all, and end it
 ///
-/// It goes on later where it was, with `collective resume`.
+/// It goes on later where it was, with `collective resume`: on this host, or with --host on another.
 ///
 /// Example: collective suspend n
 #[derive(Debug, clap::Args)]
@@ -24,6 +24,13 @@ impl Suspend {
         ui.data(&result, |ui| {
             let bytes = ByteSize(result["bytes"].as_u64().unwrap_or(0));
             ui.line(format!("{} is suspended; its memory and devices took {bytes} more", self.name));
+            match (result["store"]["new_bytes"].as_u64(), result["not_stored"].as_str()) {
+                (_, Some(why)) => ui.hint(format!("it can go on where it is, and nowhere else yet: {why}")),
+                (Some(new), None) => {
+                    ui.hint(format!("the store has it, {} new, so that it can go on anywhere", ByteSize(new)))
+                }
+                _ => {}
+            }
         });
         Ok(())
     }
@@ -31,18 +38,171 @@ impl Suspend {
 
 /// Let a suspended instance go on where it was
 ///
-/// Example: collective resume n
+/// Example: collective resume n --host laptop
 #[derive(Debug, clap::Args)]
 pub struct Resume {
     name: Name,
+    /// On this host, which owns it from then on
+    #[arg(long)]
+    host: Option<Name>,
+    /// With --host: leave its memory behind, and boot it there
+    #[arg(long, requires = "host")]
+    cold: bool,
 }
 
 impl Resume {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
-        let result = operate(ui, client, &self.name, &OperationRequest::Resume).await?;
+        let elsewhere = super::instance(client, &self.name).await?;
+        let result = match self.host.filter(|host| *host != elsewhere.host) {
+            Some(host) => {
+                let result = hand_over(ui, client, &self.name, host, self.cold).await?;
+                if self.cold {
+                    super::lifecycle::power(client, &self.name, true).await?;
+                }
+                result
+            }
+            None => operate(ui, client, &self.name, &OperationRequest::Resume).await?,
+        };
         ui.data(&result, |ui| match result["started_in_ms"].as_u64() {
             Some(ms) => ui.line(format!("{} goes on, {} after the order", self.name, seconds(ms))),
             None => ui.line(format!("{} runs", self.name)),
+        });
+        Ok(())
+    }
+}
+
+async fn hand_over(ui: &Ui, client: &Client, name: &Name, host: Name, cold: bool) -> Result<Value> {
+    let request = MoveRequest { host, cold };
+    let view: OperationView = client.post(&format!("/v1/instances/{name}/move"), &request).await?;
+    watch(ui, client, name, view).await
+}
+
+/// Give an instance to another host, running or not
+///
+/// A running machine is suspended, brought over and goes on there, with its memory, its disks, its name and its addresses; its
+/// published ports are on the new host then. The old host keeps nothing.
+///
+/// Example: collective move n --to laptop
+#[derive(Debug, clap::Args)]
+pub struct Move {
+    name: Name,
+    /// The new host
+    #[arg(long)]
+    to: Name,
+    /// Leave the memory of a running machine behind: it is shut down, and booted there
+    #[arg(long)]
+    cold: bool,
+    /// Only say how it would move, and what speaks against it
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Move {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let view = super::instance(client, &self.name).await?;
+        let state = view.observed.as_ref().map(|seen| seen.state).ok_or_else(|| anyhow!("it was never seen"))?;
+        let verdict = check(client, &view, &self.to).await?;
+        if view.host == self.to {
+            bail!("{} is on host \"{}\" already", self.name, self.to);
+        }
+        if self.dry_run {
+            let how = match state {
+                State::Stopped => "its disks, encrypted, through the store",
+                _ if self.cold => "shut down, its disks through the store, booted there",
+                _ => "suspended, memory and disks through the store, and it goes on there",
+            };
+            let value = json!({ "name": self.name, "to": self.to, "how": how, "memory_goes": verdict.is_ok(), "why_not": verdict.clone().err() });
+            ui.data(&value, |ui| {
+                ui.line(format!("{} would move to {}: {how}", self.name, self.to));
+                if let Err(why) = &verdict {
+                    ui.line(format!("  its running memory cannot go: {why}"));
+                }
+            });
+            return Ok(());
+        }
+        let runs = matches!(state, State::Running | State::Paused);
+        if runs
+            && !self.cold
+            && let Err(why) = &verdict
+        {
+            bail!(
+                "the running machine cannot go on at host \"{}\": {why}; with --cold it is shut down, and booted there",
+                self.to
+            );
+        }
+        match state {
+            State::Running | State::Paused if !self.cold => {
+                let result = operate(ui, client, &self.name, &OperationRequest::Suspend).await?;
+                if let Some(why) = result["not_stored"].as_str() {
+                    bail!("{} is suspended on its host, but could not be brought to the store: {why}", self.name);
+                }
+            }
+            State::Running | State::Paused => {
+                super::lifecycle::stop(ui, client, &self.name).await?;
+                operate(ui, client, &self.name, &OperationRequest::Push).await?;
+            }
+            _ => _ = operate(ui, client, &self.name, &OperationRequest::Push).await?,
+        }
+        let handed = hand_over(ui, client, &self.name, self.to.clone(), self.cold).await;
+        if let Err(error) = handed {
+            // Where it was it goes on, unless the new host owns it already.
+            let now = super::instance(client, &self.name).await?;
+            if runs && now.host == view.host {
+                if self.cold {
+                    super::lifecycle::power(client, &self.name, true).await?;
+                } else {
+                    operate(ui, client, &self.name, &OperationRequest::Resume).await?;
+                }
+                ui.hint(format!("{} goes on at host \"{}\"", self.name, view.host));
+            }
+            return Err(error);
+        }
+        let result = handed?;
+        if runs && self.cold {
+            super::lifecycle::power(client, &self.name, true).await?;
+        }
+        ui.data(&result, |ui| ui.line(format!("{} is on host \"{}\" now", self.name, self.to)));
+        Ok(())
+    }
+}
+
+/// Whether an instance's running memory can go on at a host, or why not.
+async fn check(client: &Client, view: &InstanceView, host: &Name) -> Result<Result<(), String>> {
+    let hosts: Vec<HostView> = client.get("/v1/hosts").await?;
+    let find = |name: &Name| hosts.iter().find(|known| known.name == *name);
+    let there = find(host).ok_or_else(|| anyhow!("no host named \"{host}\" has joined"))?;
+    if !there.reachable {
+        return Ok(Err(format!("host \"{host}\" does not answer")));
+    }
+    let seen = view.observed.as_ref();
+    let saved = seen.and_then(|seen| seen.suspended.as_ref()).map(|machine| machine.platform.clone());
+    let here = saved.or_else(|| find(&view.host)?.facts.as_ref()?.platform.clone());
+    let there = there.facts.as_ref().and_then(|facts| facts.platform.as_ref());
+    Ok(match here {
+        Some(here) => here.goes_on_at(there),
+        None => Err("it is not known what it runs on".into()),
+    })
+}
+
+/// Say whether an instance's running memory can go on at a host, or whether it would be booted there, and why
+///
+/// Example: collective check-host n --host laptop
+#[derive(Debug, clap::Args)]
+pub struct CheckHost {
+    name: Name,
+    /// The host
+    #[arg(long)]
+    host: Name,
+}
+
+impl CheckHost {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let view = super::instance(client, &self.name).await?;
+        let verdict = check(client, &view, &self.host).await?;
+        let value = json!({ "name": self.name, "host": self.host, "memory_goes": verdict.is_ok(), "why_not": verdict.clone().err() });
+        ui.data(&value, |ui| match &verdict {
+            Ok(()) => ui.line(format!("{} can go on at {} with its memory", self.name, self.host)),
+            Err(why) => ui.line(format!("{} would be booted at {}, with its data: {why}", self.name, self.host)),
         });
         Ok(())
     }

@@ -303,7 +303,8 @@ impl Database {
     /// What users may change; false if the new name is taken.
     pub async fn update_instance(&self, row: &InstanceRow) -> Answer<bool> {
         let query = sqlx::query(
-            "UPDATE OR IGNORE instances SET name = ?, spec = ?, follow = ?, hold_until = ?, failed = ? WHERE id = ?",
+            "UPDATE OR IGNORE instances SET name = ?, spec = ?, follow = ?, hold_until = ?, failed = ?
+             WHERE id = ? AND generation = ?",
         );
         let done = query
             .bind(row.spec.name.as_str())
@@ -312,9 +313,37 @@ impl Database {
             .bind(row.hold_until.map(|at| at.0 as i64))
             .bind(serde_json::to_string(&row.failed)?)
             .bind(row.spec.id.as_str())
+            .bind(row.spec.generation.0 as i64)
             .execute(&self.pool)
             .await?;
         Ok(done.rows_affected() == 1)
+    }
+
+    /// Makes `host` the owner, under the generation of `spec`, and has it bring the instance; false if the instance is not
+    /// what it was in `row`, or something was ordered meanwhile.
+    pub async fn change_owner(
+        &self,
+        row: &InstanceRow,
+        host: &Name,
+        spec: &collective_model::Spec,
+        operation: &Operation,
+    ) -> Answer<bool> {
+        let mut transaction = self.pool.begin_with("BEGIN IMMEDIATE").await?;
+        let query = sqlx::query(
+            "SELECT spec FROM instances WHERE id = ?1 AND NOT EXISTS
+             (SELECT 1 FROM operations WHERE instance = ?1 AND final = 0)",
+        );
+        let now = query.bind(spec.id.as_str()).fetch_optional(&mut *transaction).await?;
+        let now: Option<collective_model::Spec> = now.map(|now| serde_json::from_str(now.get(0))).transpose()?;
+        if now.as_ref() != Some(&row.spec) {
+            return Ok(false);
+        }
+        let query = sqlx::query("UPDATE instances SET host = ?, generation = ?, spec = ? WHERE id = ?");
+        let query = query.bind(host.as_str()).bind(spec.generation.0 as i64).bind(serde_json::to_string(spec)?);
+        query.bind(spec.id.as_str()).execute(&mut *transaction).await?;
+        Self::put_operation(operation)?.execute(&mut *transaction).await?;
+        transaction.commit().await?;
+        Ok(true)
     }
 
     /// What the owner saw; refused (false) from anyone but the owner of this generation.
@@ -340,18 +369,22 @@ impl Database {
     }
 
     pub async fn insert_operation(&self, operation: &Operation) -> Answer<()> {
+        Self::put_operation(operation)?.execute(&self.pool).await?;
+        Ok(())
+    }
+
+    fn put_operation(
+        operation: &Operation,
+    ) -> Answer<sqlx::query::Query<'_, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>> {
         let query = sqlx::query(
             "INSERT INTO operations(id, instance, operation, state, final, created) VALUES(?, ?, ?, ?, 0, ?)",
         );
-        query
+        Ok(query
             .bind(operation.id.as_str())
             .bind(operation.instance.as_str())
             .bind(serde_json::to_string(operation)?)
             .bind(serde_json::to_string(&OperationState::Pending)?)
-            .bind(Timestamp::now().0 as i64)
-            .execute(&self.pool)
-            .await?;
-        Ok(())
+            .bind(Timestamp::now().0 as i64))
     }
 
     fn operation_row(row: &sqlx::sqlite::SqliteRow) -> Answer<(Operation, OperationState)> {

@@ -43,6 +43,13 @@ impl FrameStore {
         }
     }
 
+    /// Those of `digests` that a pack has, in their order. Reads all directories.
+    pub async fn known(&self, digests: &[Digest]) -> Result<Vec<Digest>, FetchError> {
+        let mut locator = self.locator.lock().await;
+        while self.read_on(&mut locator).await? {}
+        Ok(digests.iter().filter(|digest| locator.forms.plain(digest).is_some()).copied().collect())
+    }
+
     /// The cheapest piece for each of `digests` that is not in the cache.
     pub(super) async fn choose(&self, digests: &[Digest]) -> Result<Vec<Piece>, FetchError> {
         let missing: Vec<Digest> = digests.iter().filter(|digest| !self.cache.has(digest)).copied().collect();
@@ -58,32 +65,35 @@ impl FrameStore {
 
     /// The form of a frame that stands for itself; reads directories until there is one.
     pub(super) async fn locate(&self, locator: &mut Locator, digest: &Digest) -> Result<Piece, FetchError> {
-        'lists: loop {
+        loop {
             if let Some(piece) = locator.forms.plain(digest) {
                 return Ok(piece);
             }
-            let Some((appliance, version)) = locator.versions.get(locator.loaded).cloned() else {
-                if self.distrust(locator) {
-                    continue;
-                }
+            if !self.read_on(locator).await? && !self.distrust(locator) {
                 return Err(FetchError::Nowhere(*digest));
-            };
-            let packs = match locator.reread {
-                Some(_) => self.source.packs_anew(&appliance, &version).await,
-                None => self.source.packs(&appliance, &version).await,
-            };
-            let packs = packs.map_err(|source| FetchError::Packs { appliance: appliance.clone(), version, source })?;
-            for info in packs {
-                if !locator.forms.knows(&info.digest) {
-                    match self.directory(&appliance, &info, locator.reread.is_none()).await {
-                        Ok(directory) => locator.forms.learn(&appliance, info.digest, directory),
-                        Err(error) if came_wrong(&error) && self.distrust(locator) => continue 'lists,
-                        Err(error) => return Err(error),
-                    }
+            }
+        }
+    }
+
+    /// Reads the directories of one more version; false if all were read.
+    async fn read_on(&self, locator: &mut Locator) -> Result<bool, FetchError> {
+        let Some((appliance, version)) = locator.versions.get(locator.loaded).cloned() else { return Ok(false) };
+        let packs = match locator.reread {
+            Some(_) => self.source.packs_anew(&appliance, &version).await,
+            None => self.source.packs(&appliance, &version).await,
+        };
+        let packs = packs.map_err(|source| FetchError::Packs { appliance: appliance.clone(), version, source })?;
+        for info in packs {
+            if !locator.forms.knows(&info.digest) {
+                match self.directory(&appliance, &info, locator.reread.is_none()).await {
+                    Ok(directory) => locator.forms.learn(&appliance, info.digest, directory),
+                    Err(error) if came_wrong(&error) && self.distrust(locator) => return Ok(true),
+                    Err(error) => return Err(error),
                 }
             }
-            locator.loaded += 1;
         }
+        locator.loaded += 1;
+        Ok(true)
     }
 
     /// Forgets all directories, also those in the cache; false if that was done a short while ago. No signature covers a

@@ -1,0 +1,238 @@
+//! The whole instance into the store, and from there onto another host.
+//!
+//! ```text
+//! push      key from the plane; the runner seals and sends disks, memory and files; the plane records it
+//! receive   key and list from the plane; the runner writes layers and files, synced
+//!           POINT OF NO RETURN, one write of the record: what it was there is what it is here
+//! ```
+//! Between the two the plane makes another host the owner (`plane/src/movement.rs`). What does not run stays so until its
+//! owner is told; so the old host needs not be asked again, and what it has left goes when the new one has it.
+
+use collective_api::{Backup, BackupDisk, PrivateGrant, Whole, WholeDisk, WholeFile, WholeMachine};
+use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RestoreFile, WholeOrder};
+use collective_model::{BackupId, Generation, OperationId, State, Timestamp, Trigger};
+use collective_store::PackInfo;
+use serde_json::{Value, json};
+
+use crate::instance::Instance;
+use crate::private::{HASHES, SCRATCH, remove_layer, run_pack};
+use crate::record::{DiskRecord, MachineRecord, SuspendedRecord, layer_path, state_path};
+
+/// The rest of the machine, by its name among the files.
+const STATE: &str = "state";
+/// The instance's SSH host key.
+const SSH_KEY: &str = "ssh-host-key";
+/// Its UEFI variables.
+const UEFI_VARS: &str = "uefi-vars";
+
+impl Instance {
+    /// Puts what the instance is, at rest, into the store, unless it is there.
+    pub(crate) async fn push(&mut self, id: &OperationId) -> Result<Value, String> {
+        if !matches!(self.record.state, State::Suspended | State::Stopped) {
+            return Err(format!("only what does not run is put into the store, and it is {}", self.record.state));
+        }
+        if self.record.disks.is_empty() {
+            return Err("it was never started, and has no disks yet; delete it, and launch it where you want it".into());
+        }
+        if self.record.in_store.is_none() {
+            let backup = self.store_whole(id).await?;
+            self.record.in_store = Some(backup.id.clone());
+            self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
+            return Ok(json!({
+                "in_store": backup.id, "new_bytes": backup.new_bytes, "stored_bytes": backup.stored_bytes,
+            }));
+        }
+        Ok(json!({ "in_store": self.record.in_store, "new_bytes": 0 }))
+    }
+
+    async fn store_whole(&mut self, id: &OperationId) -> Result<Backup, String> {
+        let taken = Timestamp::now();
+        let PrivateGrant { key, backup: before } = self.grant(id).await?;
+        let machine = self.record.suspended.as_ref().map(|suspended| suspended.machine.clone());
+        let hashes = self.folder.join(HASHES);
+        let order = PrivateOrder::Backup {
+            home: self.record.spec.id.clone(),
+            known: before.iter().flat_map(|backup| &backup.packs).map(run_pack).collect(),
+            hashes: hashes.clone(),
+            disks: self.record.disks.iter().map(|disk| disk.name.clone()).collect(),
+            whole: Some(WholeOrder {
+                memory: machine.iter().flat_map(|m| &m.memory).map(|layer| layer_path(&self.folder, *layer)).collect(),
+                memory_size: machine.as_ref().map_or(0, |machine| machine.memory_mib << 20),
+                files: self.files(machine.as_ref()),
+            }),
+        };
+        let news = self.run_private(id, &key, &order, "encrypting and storing").await?;
+        let PrivateNews::Stored { disks, packs, used_bytes, memory, files } = news else {
+            return Err(format!("its runner answered something else: {news:?}"));
+        };
+        let machine = machine.zip(memory).map(|(machine, memory)| WholeMachine {
+            memory,
+            state: machine.digest,
+            epoch: machine.epoch,
+            memory_mib: machine.memory_mib,
+            cpus: machine.cpus,
+            info: machine.info,
+        });
+        let what = |disk: &DiskRecord| WholeDisk { role: disk.role, writes: disk.writes, image: disk.image.clone() };
+        let whole = Whole {
+            disks: self.record.disks.iter().map(what).collect(),
+            machine,
+            files: files.into_iter().map(|f| WholeFile { name: f.name, size: f.size, root: f.root }).collect(),
+            next_event: self.record.next_event + 8,
+        };
+        let backup = Backup {
+            id: id.as_str().parse()?,
+            instance: self.record.spec.id.clone(),
+            name: self.record.spec.name.clone(),
+            generation: self.record.spec.generation,
+            appliance: self.record.spec.appliance.clone(),
+            version: self.record.version,
+            version_name: self.record.version_name(),
+            taken,
+            key: key.id(),
+            disks: disks.into_iter().map(|d| BackupDisk { name: d.name, size: d.size, root: d.root }).collect(),
+            packs: packs.into_iter().map(|digest| PackInfo { digest, size: 0, directory: 0 }).collect(),
+            used_bytes,
+            stored_bytes: 0,
+            new_bytes: 0,
+            whole: Some(whole),
+        };
+        self.record_backup(id, &backup, &hashes).await
+    }
+
+    fn files(&self, machine: Option<&MachineRecord>) -> Vec<(String, std::path::PathBuf)> {
+        let state = machine.and_then(|machine| machine.memory.last()).map(|layer| state_path(&self.folder, *layer));
+        let mut files: Vec<_> = state.into_iter().map(|path| (STATE.to_owned(), path)).collect();
+        let others = [(SSH_KEY, self.folder.join("ssh_host_key.json")), (UEFI_VARS, self.uefi_vars_path())];
+        files.extend(others.into_iter().filter(|(_, path)| path.exists()).map(|(name, path)| (name.to_owned(), path)));
+        files
+    }
+
+    /// Brings the instance from the store. A machine that stood still goes on.
+    pub(crate) async fn receive(&mut self, id: &OperationId, wanted: &BackupId, cold: bool) -> Result<Value, String> {
+        if self.record.arrived.as_ref() != Some(wanted) {
+            if !matches!(self.record.state, State::Stopped | State::Suspended | State::Failed) {
+                return Err(format!("it is {} here", self.record.state));
+            }
+            let PrivateGrant { key, backup } = self.grant(id).await?;
+            let backup = backup.filter(|backup| backup.id == *wanted).ok_or("the plane gave another one")?;
+            self.set_state(State::Stopped);
+            self.trigger(Trigger::Move);
+            let received = self.fetch_whole(id, &key, &backup, cold).await;
+            if let Err(why) = received {
+                self.set_state(State::Stopped);
+                return Err(format!("{why}. It is in the store; move it again when that is mended"));
+            }
+        }
+        match self.record.state {
+            State::Suspended => self.go_on().await,
+            _ => Ok(json!({ "state": self.record.state })),
+        }
+    }
+
+    async fn fetch_whole(
+        &mut self,
+        id: &OperationId,
+        key: &collective_keys::OwnerKey,
+        backup: &Backup,
+        cold: bool,
+    ) -> Result<(), String> {
+        let whole = backup.whole.as_ref().filter(|whole| whole.disks.len() == backup.disks.len());
+        let whole = whole.ok_or("it is not a whole instance")?;
+        let manifest = self.manifest(&backup.version).await?;
+        let mut disks = Vec::new();
+        let mut restore = Vec::new();
+        for (disk, what) in backup.disks.iter().zip(&whole.disks) {
+            let layer = self.record.reserve_layer();
+            restore.push(RestoreDisk {
+                name: disk.name.clone(),
+                root: disk.root,
+                size: disk.size,
+                becomes: disk.size,
+                layer: layer_path(&self.folder, layer),
+                image: what.image.clone(),
+            });
+            disks.push(DiskRecord {
+                name: disk.name.clone(),
+                role: what.role,
+                writes: what.writes,
+                size: disk.size,
+                image: what.image.clone(),
+                layers: vec![layer],
+            });
+        }
+        let memory = self.record.reserve_layer();
+        let machine = whole.machine.as_ref().filter(|_| !cold);
+        if let Some(machine) = machine {
+            let size = machine.memory_mib << 20;
+            let layer = layer_path(&self.folder, memory);
+            let name = "memory".parse().map_err(|e| format!("{e}"))?;
+            restore.push(RestoreDisk { name, root: machine.memory, size, becomes: size, layer, image: None });
+        }
+        let place = |file: &WholeFile| {
+            let path = match file.name.as_str() {
+                STATE => state_path(&self.folder, memory),
+                SSH_KEY => self.folder.join("ssh_host_key.json"),
+                UEFI_VARS => self.uefi_vars_path(),
+                _ => return None,
+            };
+            Some(RestoreFile { root: file.root, size: file.size, path })
+        };
+        let files: Vec<RestoreFile> = whole.files.iter().filter_map(place).collect();
+        self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
+        crate::files::create_folder(&self.run_dir.join("v"), 0o700).map_err(|e| format!("cannot prepare it: {e}"))?;
+        restore.iter().for_each(|disk| remove_layer(&disk.layer));
+        let scratch = self.folder.join(SCRATCH);
+        let order = PrivateOrder::Restore {
+            home: backup.instance.clone(),
+            packs: backup.packs.iter().map(run_pack).collect(),
+            scratch: scratch.clone(),
+            disks: restore,
+            files,
+        };
+        self.record.version = backup.version;
+        let news = self.run_private(id, key, &order, "fetching").await;
+        let _ = std::fs::remove_dir_all(scratch);
+        let PrivateNews::Restored { fetched, .. } = news? else {
+            return Err("its runner answered something else".into());
+        };
+        let suspended = machine.map(|machine| MachineRecord {
+            memory: vec![memory],
+            digest: machine.state,
+            epoch: machine.epoch.clone(),
+            memory_mib: machine.memory_mib,
+            cpus: machine.cpus,
+            info: machine.info.clone(),
+        });
+        let record = &mut self.record;
+        record.suspended = suspended.map(|machine| SuspendedRecord { machine, disks: disks.clone() });
+        record.disks = disks;
+        record.version_name = Some(manifest.version.clone());
+        record.checkpoints.clear();
+        record.memory.clear();
+        record.next_event = record.next_event.max(whole.next_event);
+        record.arrived = Some(backup.id.clone());
+        record.in_store = Some(backup.id.clone());
+        record.power_serial = record.spec.power_serial;
+        self.set_state(if self.record.suspended.is_some() { State::Suspended } else { State::Stopped });
+        self.event("arrived", format!("it came from the store, {fetched} bytes fetched"));
+        self.note_images();
+        Ok(())
+    }
+
+    /// Another host has it since `generation`: nothing of it is needed here any more.
+    pub(crate) async fn moved_away(&mut self, generation: Generation) {
+        if generation <= self.record.spec.generation {
+            return;
+        }
+        if self.record.runner_pid.is_some() {
+            tracing::error!(instance = %self.record.spec.name, "it ran here while another host owns it; it is ended");
+        }
+        self.clear_leftovers().await;
+        let removed = std::fs::remove_dir_all(&self.folder).and_then(|()| std::fs::remove_dir_all(&self.run_dir));
+        if let Err(error) = removed {
+            tracing::warn!(%error, "what is left of an instance that moved away cannot be removed");
+        }
+        self.forget_here();
+    }
+}
