@@ -143,25 +143,34 @@ impl Move {
             }
             _ => _ = operate(ui, client, &self.name, &OperationRequest::Push).await?,
         }
-        let handed = hand_over(ui, client, &self.name, self.to.clone(), self.cold).await;
-        if let Err(error) = handed {
-            // Where it was it goes on, unless the new host owns it already.
-            let now = super::instance(client, &self.name).await?;
-            if runs && now.host == view.host {
-                if self.cold {
-                    super::lifecycle::power(client, &self.name, true).await?;
-                } else {
-                    operate(ui, client, &self.name, &OperationRequest::Resume).await?;
-                }
-                ui.hint(format!("{} goes on at host \"{}\"", self.name, view.host));
+        let result = match hand_over(ui, client, &self.name, self.to.clone(), self.cold).await {
+            Ok(result) => result,
+            Err(error) => {
+                self.go_on_there(ui, client, &view, runs).await?;
+                return Err(error);
             }
-            return Err(error);
-        }
-        let result = handed?;
+        };
         if runs && self.cold {
             super::lifecycle::power(client, &self.name, true).await?;
         }
         ui.data(&result, |ui| ui.line(format!("{} is on host \"{}\" now", self.name, self.to)));
+        Ok(())
+    }
+}
+
+impl Move {
+    /// What could not be given away goes on where it was, unless the new host owns it already.
+    async fn go_on_there(&self, ui: &Ui, client: &Client, before: &InstanceView, ran: bool) -> Result<()> {
+        let now = super::instance(client, &self.name).await?;
+        if !ran || now.host != before.host {
+            return Ok(());
+        }
+        if self.cold {
+            super::lifecycle::power(client, &self.name, true).await?;
+        } else {
+            operate(ui, client, &self.name, &OperationRequest::Resume).await?;
+        }
+        ui.hint(format!("{} goes on at host \"{}\"", self.name, before.host));
         Ok(())
     }
 }
