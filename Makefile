@@ -4,7 +4,7 @@ CARGO ?= cargo
 PROGRAM = $(or $(CARGO_TARGET_DIR),target)/release/collective
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: demo demo-stop test soak fuzz lint install bench bench-store
+.PHONY: demo demo-stop test soak fuzz lint install bench bench-store bench-machine
 
 demo:            ## the main job on a real Debian appliance
 	deploy/install-deps demo
@@ -36,12 +36,17 @@ lint:            ## format and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
-bench: bench-store
+bench: bench-store bench-machine
 
 bench-store:     ## the store against its peers, some 25 minutes, as root; results in target/bench/store.{json,md,svg}
 	deploy/install-deps bench
 	$(CARGO) build --release --bin collective
 	bench/store/run $(PROGRAM)
+
+bench-machine:   ## a running machine as data, some 25 minutes, as root; results in target/bench/machine.{json,md,svg}
+	deploy/install-deps bench
+	$(CARGO) build --release --bin collective
+	bench/machine/run $(PROGRAM)
 
 install:         ## the program into /usr/local/bin
 	$(CARGO) build --release --bin collective

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -129,41 +130,93 @@ class Volume:
         self.child.wait()
 
 
+class Link:
+    """Between us and a network namespace, on which another host lives."""
+
+    SPACE, OURS, THEIRS = "collective-bench", "cl-bench0", "cl-bench1"
+    ADDRESS = "10.231.7.1"
+
+    def __enter__(self):
+        ip = lambda *words: run("ip", *words)
+        try:
+            ip("netns", "add", self.SPACE)
+            ip("link", "add", self.OURS, "type", "veth", "peer", "name", self.THEIRS, "netns", self.SPACE)
+            ip("address", "add", f"{self.ADDRESS}/24", "dev", self.OURS)
+            ip("link", "set", self.OURS, "up")
+            for words in (["address", "add", "10.231.7.2/24", "dev", self.THEIRS], ["link", "set", self.THEIRS, "up"], ["link", "set", "lo", "up"]):
+                ip("-n", self.SPACE, *words)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        run("ip", "netns", "del", self.SPACE, check=False)
+        run("ip", "link", "del", self.OURS, check=False)
+
+    def there(self, *words):
+        return ["ip", "netns", "exec", self.SPACE, *words]
+
+    def shape(self, kbit):
+        """Both ways."""
+        words = ["root", "tbf", "rate", f"{kbit}kbit", "burst", "8kb", "latency", "400ms"]
+        run("tc", "qdisc", "add", "dev", self.OURS, *words)
+        run(*self.there("tc", "qdisc", "add", "dev", self.THEIRS, *words))
+
+    def free(self):
+        run("tc", "qdisc", "del", "dev", self.OURS, "root", check=False)
+        run(*self.there("tc", "qdisc", "del", "dev", self.THEIRS, "root"), check=False)
+
+    def received(self):
+        return int(run(*self.there("cat", f"/sys/class/net/{self.THEIRS}/statistics/rx_bytes")).output)
+
+
+class ThinHost:
+    """A site, and a second host `b` behind a link; gives both."""
+
+    def __init__(self, program, folder):
+        self.program, self.folder, self.host = program, folder, None
+
+    def __enter__(self):
+        self.link = Link().__enter__()
+        self.site = None
+        try:
+            self.site = Site(self.program, self.folder, listen=f"{Link.ADDRESS}:0")
+            token = self.site.run("token", "create").output.strip()
+            log = open(self.folder / "b.log", "w")
+            join = self.link.there(self.program, "host", "join", token, "--name", "b", "--tcg", "--data", self.folder / "b")
+            self.host = subprocess.Popen(join, env=self.site.environment, stdout=log, stderr=log)
+            until("the host has joined", lambda: any(h["name"] == "b" and h["reachable"] and h["facts"] for h in self.site.json("status")["hosts"]))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self.site, self.link
+
+    def __exit__(self, *_):
+        if self.host:
+            self.host.send_signal(signal.SIGTERM)
+            self.host.wait()
+        if self.site:
+            self.site.__exit__()
+        self.link.__exit__()
+
+
 def thin_launch(program, folder, version, kbit):
     """A cold launch on a host behind a link of `kbit` kbit/s: seconds to the first answer, and bytes from the host's side."""
-    space, ours, theirs = "collective-bench", "cl-bench0", "cl-bench1"
-    ip = lambda *words: run("ip", *words)
-    ip("netns", "add", space)
-    host = None
-    try:
-        ip("link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", space)
-        ip("address", "add", "10.231.7.1/24", "dev", ours)
-        ip("link", "set", ours, "up")
-        for words in (["address", "add", "10.231.7.2/24", "dev", theirs], ["link", "set", theirs, "up"], ["link", "set", "lo", "up"]):
-            ip("-n", space, *words)
-        shape = ["root", "tbf", "rate", f"{kbit}kbit", "burst", "8kb", "latency", "400ms"]
-        with Site(program, folder, listen="10.231.7.1:0") as site:
-            _, published = site.publish(version)
-            token = site.run("token", "create").output.strip()
-            log = open(folder / "b.log", "w")
-            join = ["ip", "netns", "exec", space, program, "host", "join", token, "--name", "b", "--tcg", "--data", folder / "b"]
-            host = subprocess.Popen(join, env=site.environment, stdout=log, stderr=log)
-            until("the host has joined", lambda: any(h["name"] == "b" and h["reachable"] and h["facts"] for h in site.json("status")["hosts"]))
-            run("tc", "qdisc", "add", "dev", ours, *shape)
-            run("ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", theirs, *shape)
-            received = lambda: int(run("ip", "netns", "exec", space, "cat", f"/sys/class/net/{theirs}/statistics/rx_bytes").output)
-            before, begun = received(), time.monotonic()
-            site.json("launch", published["appliance"], "--name", "n", "--host", "b")
-            until("it answers", lambda: site.json("info", "n")["health"] == "healthy", limit=3600)
-            wall, moved = time.monotonic() - begun, received() - before
-            info = site.json("info", "n")
-            run("tc", "qdisc", "del", "dev", ours, "root")
-            run("ip", "netns", "exec", space, "tc", "qdisc", "del", "dev", theirs, "root")
-            site.run("delete", "n", "--data")
+    with ThinHost(program, folder) as (site, link):
+        _, published = site.publish(version)
+        link.shape(kbit)
+        before, begun = link.received(), time.monotonic()
+        site.json("launch", published["appliance"], "--name", "n", "--host", "b")
+        until("it answers", lambda: site.json("info", "n")["health"] == "healthy", limit=3600)
+        wall, moved = time.monotonic() - begun, link.received() - before
+        info = site.json("info", "n")
+        link.free()
+        site.run("delete", "n", "--data")
         return wall, moved, info
-    finally:
-        if host:
-            host.send_signal(signal.SIGTERM)
-            host.wait()
-        run("ip", "netns", "del", space, check=False)
-        run("ip", "link", "del", ours, check=False)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
