@@ -11,7 +11,7 @@ use collective_model::{ByteSize, Digest, Manifest};
 use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
-use collective_store::pack::Pack;
+use collective_store::pack::{self, Pack};
 use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher};
 use collective_store::trace::Trace;
 use collective_store::{BLOCK, FRAME_BLOCKS};
@@ -132,6 +132,33 @@ async fn what_is_used_of_an_old_pack_stays_and_the_rest_goes() {
         map.frames().for_each(|frame| store.cache().remove(&frame).unwrap());
         assert!(read(&store, &v2, &key).await.unwrap() == second, "{frames}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pack_with_a_damaged_directory_is_left_alone() {
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let mut known = Vec::new();
+    let first = noise(8, b"first");
+    let second = first[..2 * FRAME].to_vec();
+    let v1 = publish(&site, &key, "1", &first, &mut known).await;
+    let v2 = publish(&site, &key, "2", &second, &mut known).await;
+    site.user.delete::<()>(&format!("/v1/versions/{}", sign(&v1, &key).digest())).await.unwrap();
+
+    let path = site.pack(&known[0].0);
+    let sound = std::fs::read(&path).unwrap();
+    let needed = pack::directory(&sound).unwrap().entries[0].digest;
+    let mut damaged = sound.clone();
+    let at = sound.windows(32).rposition(|bytes| bytes == needed.0).unwrap();
+    damaged[at] ^= 1;
+    std::fs::write(&path, damaged).unwrap();
+    let refused = site.user.post::<Repacked>("/v1/store/repack", &()).await.unwrap_err().to_string();
+    assert!(refused.contains("is damaged") && refused.contains("store check --repair"), "{refused}");
+    std::fs::write(&path, sound).unwrap();
+    assert_eq!(site.user.post::<Repacked>("/v1/store/repack", &()).await.unwrap().packs.len(), 1);
+    collect(&site).await;
+    let folder = tempfile::tempdir().unwrap();
+    assert!(read(&reader(&site, folder.path(), "a"), &v2, &key).await.unwrap() == second);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@
 
 pub mod crowd;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use collective_api::{
@@ -51,6 +52,11 @@ impl Site {
         };
         tokio::time::timeout(Duration::from_secs(20), up).await.unwrap();
         Ok(Self { folder, user, serving })
+    }
+
+    /// Where a pack lies, with a store in a folder.
+    pub fn pack(&self, pack: &Digest) -> PathBuf {
+        self.folder.path().join("plane/store/packs/p/app").join(pack.to_string())
     }
 
     /// Ends the plane; its folder stays.
