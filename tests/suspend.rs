@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use collective_testkit::{Dice, Fleet, Guest, eventually, free_port, tiny};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
 const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
@@ -316,4 +316,142 @@ fn a_running_machine_moves_there_and_back() {
         assert!(error.contains(words), "{command:?}: {error}");
     }
     fleet.wait("n", "healthy");
+}
+
+#[test]
+fn an_ordinary_user_can_do_it_too() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: every other test runs as an ordinary user here");
+    }
+    let fleet = Fleet::start_as_nobody(PROGRAM);
+    let guest = launch(&fleet, "n");
+    let generation = guest.get("/fill?20");
+    guest.get("/count?on");
+    fleet.ok(&["checkpoint", "n"]);
+    fleet.ok(&["suspend", "n"]);
+    fleet.ok(&["resume", "n"]);
+    sound(&guest, &generation);
+    fleet.ok(&["restore", "n", "1"]);
+    sound(&guest, &generation);
+}
+
+/// What is expected of the guest: the generation of its pages, and a note.
+#[derive(Clone, PartialEq, Debug)]
+struct Expected {
+    generation: String,
+    note: String,
+}
+
+/// Whatever is done to a machine in whatever order, by whom and to whom deaths happen: its memory and its disks are always of
+/// one instant, and of the right one.
+#[test]
+fn any_sequence() {
+    let seeds = std::env::var("SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let first = std::env::var("SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
+    for seed in first..first + seeds {
+        sequence(seed, if seeds > 1 { 40 } else { 14 });
+    }
+}
+
+fn sequence(seed: u64, steps: u32) {
+    let mut dice = Dice::new(seed);
+    let mut fleet = Fleet::start(PROGRAM);
+    // Through a link, so that it finds a plane that was killed at the same place again.
+    fleet.join_over_link("b");
+    let guest = launch(&fleet, "n");
+    let mut now = Expected { generation: guest.get("/fill?20"), note: "none".into() };
+    guest.put("/notes/now", &now.note);
+    // On the present host, by number.
+    let mut kept: Vec<(u64, Expected)> = Vec::new();
+    for step in 0..steps {
+        guest.get("/count?on");
+        let what = dice.roll(7);
+        eprintln!("seed {seed}, step {step}: {what}");
+        match what {
+            0 | 1 => {
+                now = Expected { generation: guest.get("/fill?20"), note: format!("step {step}") };
+                guest.put("/notes/now", &now.note);
+            }
+            2 | 3 => {
+                let id = fleet.json(&["checkpoint", "n"])["id"].as_u64().unwrap();
+                kept.push((id, now.clone()));
+            }
+            4 => {
+                fleet.ok(&["suspend", "n"]);
+                if dice.roll(2) == 0 {
+                    fleet.kill_up();
+                    fleet.up();
+                }
+                fleet.ok(&["resume", "n"]);
+            }
+            5 if !kept.is_empty() => {
+                let (to, then) = kept[dice.roll(kept.len() as u64) as usize].clone();
+                let back = fleet.json(&["restore", "n", &to.to_string()]);
+                kept.push((back["kept_as_checkpoint"].as_u64().unwrap(), now));
+                now = then;
+            }
+            _ if dice.roll(2) == 0 => {
+                let to = if fleet.info("n")["host"] == "a" { "b" } else { "a" };
+                fleet.ok(&["move", "n", "--to", to]);
+                kept.clear();
+            }
+            _ => {
+                // In the middle of a checkpoint.
+                let mut command = fleet.spawn(&["checkpoint", "n"]);
+                std::thread::park_timeout(Duration::from_millis(dice.roll(200)));
+                fleet.kill_up();
+                let _ = command.wait();
+                fleet.up();
+                fleet.wait_until_settled("n");
+                let listed = fleet.json(&["timeline", "n"]);
+                let new = listed.as_array().unwrap().iter().filter_map(|kept| kept["id"].as_u64());
+                let new: Vec<u64> = new.filter(|id| kept.iter().all(|(known, _)| known != id)).collect();
+                kept.extend(new.into_iter().map(|id| (id, now.clone())));
+            }
+        }
+        sound(&guest, &now.generation);
+        assert_eq!(guest.get("/notes/now"), now.note, "seed {seed}, step {step}");
+    }
+}
+
+#[test]
+fn clones_go_on_beside_each_other() {
+    let fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    let generation = guest.get("/fill?20");
+    guest.put("/notes/shared", "before");
+    guest.get("/count?on");
+    let one = Guest { port: free_port() };
+    fleet.ok(&["clone", "n", "--name", "one", "--publish", &format!("{}:80", one.port)]);
+    sound(&one, &generation);
+    assert_eq!(one.get("/notes/shared"), "before");
+    sound(&guest, &generation);
+    // Each goes its own way.
+    one.put("/notes/own", "of the clone");
+    guest.put("/notes/own", "of the first");
+    let other = one.get("/fill?20");
+    sound(&one, &other);
+    sound(&guest, &generation);
+    fleet.ok(&["suspend", "one"]);
+    fleet.ok(&["resume", "one"]);
+    assert_eq!(one.get("/notes/own"), "of the clone");
+    let (a, b) = (fleet.info("n"), fleet.info("one"));
+    assert_ne!(a["id"], b["id"]);
+    // Its own identity comes with its next boot.
+    fleet.ok(&["restart", "one"]);
+    one.answers();
+    assert_eq!(one.get("/hostname"), "one");
+    assert_eq!(one.get("/notes/own"), "of the clone");
+    // The first can go; and several at once, of one that is off.
+    fleet.ok(&["delete", "n", "--data"]);
+    assert_eq!(one.get("/notes/shared"), "before");
+    fleet.ok(&["stop", "one"]);
+    fleet.ok(&["clone", "one", "--count", "2", "--name", "many"]);
+    for name in ["many-1", "many-2"] {
+        fleet.wait(name, "healthy");
+    }
+    let error = fleet.fails(&["clone", "one", "--name", "many-1"]);
+    assert!(error.contains("taken"), "{error}");
+    let error = fleet.fails(&["clone", "one", "--checkpoint", "99"]);
+    assert!(error.contains("no checkpoint 99"), "{error}");
 }

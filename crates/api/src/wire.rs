@@ -434,6 +434,18 @@ pub struct HostOrders {
     pub moved: Vec<(InstanceId, Generation)>,
 }
 
+/// `POST /v1/instances/NAME/clone`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CloneRequest {
+    /// As it was then.
+    pub checkpoint: CheckpointId,
+    /// The clones' names.
+    pub names: Vec<Name>,
+    /// Published ports; only for a single clone.
+    #[serde(default)]
+    pub ports: Vec<PublishedPort>,
+}
+
 /// `POST /v1/instances/NAME/move`
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MoveRequest {

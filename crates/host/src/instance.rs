@@ -168,7 +168,10 @@ impl Instance {
         if serial <= self.record.power_serial || self.record.arrived != self.record.spec.arrival {
             return;
         }
+        let origin = self.record.spec.origin.clone().filter(|_| self.record.disks.is_empty());
+        let begun = origin.map_or(Ok(()), |origin| self.begin_as(&origin));
         match (on, self.record.state) {
+            _ if let Err(why) = &begun => self.give_up(format!("it cannot be copied: {why}")),
             (true, State::Stopped | State::Failed) => {
                 if first {
                     self.event("created", format!("created from {}", self.record.spec.appliance));

@@ -455,6 +455,7 @@ mod tests {
             disk_sizes: Default::default(),
             authorized_keys: vec![],
             arrival: None,
+            origin: None,
         };
         let mut record = Record::new(spec, 0);
         record.adopt_version(&manifest("1"), Digest::of(b"1"));

@@ -173,6 +173,18 @@ pub struct Spec {
     /// What it was on the host that had it before; it is brought from the store before anything else happens to it.
     #[serde(default)]
     pub arrival: Option<BackupId>,
+    /// What it is a copy of; it begins as that was.
+    #[serde(default)]
+    pub origin: Option<Origin>,
+}
+
+/// A checkpoint of another instance on the same host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The other instance.
+    pub instance: InstanceId,
+    /// Its checkpoint.
+    pub checkpoint: CheckpointId,
 }
 
 /// Something asked of one instance that has a beginning and an end.

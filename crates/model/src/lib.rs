@@ -22,7 +22,7 @@ pub use digest::{Digest, ParseDigestError};
 pub use health::{HealthCheck, HealthState, HttpProbe};
 pub use instance::{
     BackupId, Checkpoint, CheckpointId, CheckpointMachine, Generation, InstanceId, Observed, ObservedDisk, Operation,
-    OperationId, OperationKind, OperationState, PublishedPort, Spec, TunnelId,
+    OperationId, OperationKind, OperationState, Origin, PublishedPort, Spec, TunnelId,
 };
 pub use lifecycle::{State, Trigger};
 pub use manifest::{

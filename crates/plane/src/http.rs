@@ -11,9 +11,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use collective_api::{
-    Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer, JoinRequest, LaunchRequest,
-    MoveRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StoreStatus, TUNNEL_PROTOCOL,
-    TokenView, TunnelAnswer, TunnelTarget,
+    CloneRequest, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer, JoinRequest,
+    LaunchRequest, MoveRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StoreStatus,
+    TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
 };
 use collective_model::{Name, OperationId, TunnelId};
 use collective_store::depot::DepotError;
@@ -44,6 +44,7 @@ pub(crate) fn router(plane: Plane) -> Router {
         .route("/v1/instances/{name}", get(instance).patch(change))
         .route("/v1/instances/{name}/power", post(power))
         .route("/v1/instances/{name}/move", post(move_instance))
+        .route("/v1/instances/{name}/clone", post(clone_instance))
         .route("/v1/instances/{name}/operations", post(operate))
         .route("/v1/instances/{name}/history", get(history))
         .route("/v1/instances/{name}/tunnel", post(open_tunnel))
@@ -194,6 +195,16 @@ async fn power(
 ) -> Answer<Json<InstanceView>> {
     caller.user()?;
     Ok(Json(plane.power(&parse(&name)?, request.on).await?))
+}
+
+async fn clone_instance(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(name): Path<String>,
+    Json(request): Json<CloneRequest>,
+) -> Answer<Json<Vec<InstanceView>>> {
+    caller.user()?;
+    Ok(Json(plane.clone_instance(&parse(&name)?, request).await?))
 }
 
 async fn move_instance(

@@ -60,6 +60,8 @@ pub(crate) fn arguments(machine: &Machine, accelerator: &Accelerator, seccomp: b
     if machine.display == Display::Vga {
         line.option("-device", "VGA,id=video");
     }
+    // A new number at every start: a guest that goes on renews its random numbers, since another may have the same.
+    line.option("-device", "vmgenid,guid=auto,id=generation");
     // What the guest frees is given back to the host, and is not in what is saved.
     line.option("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,page-poison=off");
     line.0
@@ -204,6 +206,7 @@ mod tests {
 -device virtio-blk-pci,drive=seed,id=disk-seed,serial=seed,discard=on,write-cache=on,rerror=stop,werror=stop
 -netdev user,id=net0,restrict=off
 -device virtio-net-pci,netdev=net0,id=nic0,mac=52:54:00:12:34:56,romfile=
+-device vmgenid,guid=auto,id=generation
 -device virtio-balloon-pci,id=balloon,free-page-reporting=on,page-poison=off";
         assert_eq!(line(&example(), Accelerator::Tcg { why: "test".into() }), expected);
     }

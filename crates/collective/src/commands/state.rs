@@ -1,8 +1,8 @@
-//! `suspend`, `resume`, `move`, `check-host`, `checkpoint`, `timeline`, `restore`: a running machine as data.
+//! `suspend`, `resume`, `clone`, `move`, `check-host`, `checkpoint`, `timeline`, `restore`: a running machine as data.
 
 use anyhow::{Result, anyhow, bail};
-use collective_api::{Client, HostView, InstanceView, MoveRequest, OperationRequest, OperationView};
-use collective_model::{ByteSize, Checkpoint as Kept, CheckpointId, Name, State};
+use collective_api::{Client, CloneRequest, HostView, InstanceView, MoveRequest, OperationRequest, OperationView};
+use collective_model::{ByteSize, Checkpoint as Kept, CheckpointId, Name, PublishedPort, State};
 use serde_json::{Value, json};
 
 use super::operations::{operate, watch};
@@ -171,6 +171,64 @@ impl Move {
             operate(ui, client, &self.name, &OperationRequest::Resume).await?;
         }
         ui.hint(format!("{} goes on at host \"{}\"", self.name, before.host));
+        Ok(())
+    }
+}
+
+/// Copy an instance, running or not, on its host
+///
+/// A checkpoint is made, and the copies begin as that: a running machine's go on where it is, with its memory, each with disks of
+/// its own that take space only for what they write. Each has an id, a name, an SSH host key and a settings disk of its own, which a
+/// guest that goes on reads at its next boot: until then it takes itself for the first one. The kernel is told to renew its random numbers.
+///
+/// Example: collective clone n --count 3
+#[derive(Debug, clap::Args)]
+pub struct Clone {
+    name: Name,
+    /// How many
+    #[arg(long, default_value_t = 1)]
+    count: u32,
+    /// Its name; of several the beginning of each name [default: NAME-clone]
+    #[arg(long = "name", value_name = "NAME")]
+    new_name: Option<Name>,
+    /// Publish a port of the clone; only with one clone
+    #[arg(long, value_name = "[ADDR:]HOSTPORT:GUESTPORT")]
+    publish: Vec<PublishedPort>,
+    /// As it was at this checkpoint, in place of now
+    #[arg(long, value_name = "NUMBER")]
+    checkpoint: Option<u64>,
+}
+
+impl Clone {
+    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
+        let base = self.new_name.as_ref().map_or_else(|| format!("{}-clone", self.name), ToString::to_string);
+        let name = |index: u32| if self.count == 1 { base.clone() } else { format!("{base}-{index}") };
+        let names: Result<Vec<Name>, _> = (1..=self.count).map(|index| name(index).parse()).collect();
+        let names = names?;
+        let checkpoint = match self.checkpoint {
+            Some(number) => CheckpointId(number),
+            None => {
+                let why = Some(format!("for {}", names.first().map(ToString::to_string).unwrap_or_default()));
+                let kept = operate(ui, client, &self.name, &OperationRequest::Checkpoint { why }).await?;
+                let number = serde_json::from_value::<Kept>(kept)?.id;
+                // The plane hears of it a moment later.
+                let mut view = super::instance(client, &self.name).await?;
+                while !view.observed.as_ref().is_some_and(|seen| seen.checkpoints.iter().any(|kept| kept.id == number))
+                {
+                    view = super::next(client, &view).await?;
+                }
+                number
+            }
+        };
+        let request = CloneRequest { checkpoint, names: names.clone(), ports: self.publish };
+        let _: Vec<InstanceView> = client.post(&format!("/v1/instances/{}/clone", self.name), &request).await?;
+        let mut views = Vec::new();
+        for name in &names {
+            views.push(super::info::document(&super::info::until(client, name, Some(State::Running)).await?));
+        }
+        ui.data(&views, |ui| {
+            names.iter().for_each(|name| ui.line(format!("{name} goes on as a copy of {}", self.name)))
+        });
         Ok(())
     }
 }

@@ -150,6 +150,7 @@ pub fn report(observed: Vec<Observed>) -> HostReport {
         root: true,
         cache_bytes: 0,
         warnings: vec![],
+        platform: None,
     };
     HostReport { facts, observed, operations: vec![], events: vec![] }
 }
