@@ -257,7 +257,7 @@ impl Disk {
         Ok(())
     }
 
-    fn top_layer(&self) -> &Layer {
+    pub(crate) fn top_layer(&self) -> &Layer {
         &self.layers[self.layers.len() - 1]
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::backing::Backing;
@@ -63,6 +64,8 @@ pub(super) struct SimFile {
     plug: Arc<Plug>,
     /// A disk that lies answers a sync and does nothing.
     honest: bool,
+    /// A sync fails, and what it should have made durable counts as clean from then on.
+    pub syncs_fail: AtomicBool,
     medium: Mutex<Medium>,
     /// Called when a sync is through: the moment for somebody else to write.
     pub after_sync: Mutex<Option<Box<dyn FnMut() + Send>>>,
@@ -77,7 +80,8 @@ impl std::fmt::Debug for SimFile {
 impl SimFile {
     pub fn new(plug: &Arc<Plug>, honest: bool, content: Content) -> Arc<Self> {
         let medium = Medium { durable: content.clone(), current: content, since: BTreeMap::new() };
-        Arc::new(Self { plug: plug.clone(), honest, medium: Mutex::new(medium), after_sync: Mutex::default() })
+        let (plug, medium) = (plug.clone(), Mutex::new(medium));
+        Arc::new(Self { plug, honest, syncs_fail: AtomicBool::new(false), medium, after_sync: Mutex::default() })
     }
 
     pub fn medium(&self) -> MutexGuard<'_, Medium> {
@@ -157,10 +161,17 @@ impl Backing for Arc<SimFile> {
 
     fn sync(&self) -> io::Result<()> {
         self.plug.step()?;
+        if self.syncs_fail.load(Ordering::SeqCst) {
+            self.medium().since.clear();
+            return Err(io::Error::other("the medium is broken"));
+        }
         if self.honest {
             let mut medium = self.medium();
-            medium.durable = medium.current.clone();
-            medium.since.clear();
+            let Medium { durable, current, since } = &mut *medium;
+            let now =
+                |(sector, mut versions): (u64, Vec<Sector>)| (sector, versions.pop().unwrap_or([0; SECTOR as usize]));
+            durable.sectors.extend(std::mem::take(since).into_iter().map(now));
+            durable.length = current.length;
         }
         if let Some(hook) = self.after_sync.lock().unwrap().as_mut() {
             hook();
