@@ -203,7 +203,7 @@ impl Layer {
             let byte = *byte;
             (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| i as u64 * 8 + bit)
         };
-        bits.bytes.iter().enumerate().flat_map(set).collect()
+        bits.bytes.iter().enumerate().filter(|(_, byte)| **byte != 0).flat_map(set).collect()
     }
 
     /// Reads from blocks that the layer holds.

@@ -23,7 +23,7 @@ use futures_util::future::BoxFuture;
 use crate::log;
 use crate::rules::{BROKEN, Rule};
 use crate::{Disk, Layer};
-use sim::{Content, Dice, Plug, SECTOR, Sector, SimFile};
+use sim::{Content, Dice, Plug, SECTOR, Sector, SimFile, patch};
 
 /// Where it all happens: the map bits of these blocks lie in three sectors and two pages of the map, and the last block
 /// is short until the disk grows.
@@ -35,15 +35,11 @@ const SIZES: [u64; 2] = [32770 * 4096 + 1536, 32776 * 4096];
 struct Model(HashMap<u64, Vec<Sector>>);
 
 impl Model {
-    fn write(&mut self, offset: u64, length: u64, byte_at: impl Fn(u64) -> u8) {
+    fn write(&mut self, offset: u64, length: u64, new: Option<&[u8]>) {
         for sector in offset / SECTOR..(offset + length).div_ceil(SECTOR) {
             let versions = self.0.entry(sector).or_insert_with(|| vec![[0; SECTOR as usize]]);
             let mut bytes = versions[versions.len() - 1];
-            for (at, byte) in (sector * SECTOR..).zip(bytes.iter_mut()) {
-                if (offset..offset + length).contains(&at) {
-                    *byte = byte_at(at - offset);
-                }
-            }
+            patch(sector, &mut bytes, offset, length, new);
             versions.push(bytes);
         }
     }
@@ -134,7 +130,7 @@ impl Rig {
         for block in HOT.into_iter().flatten().filter(|block| block % 2 == 0 && (block + 1) * 4096 <= SIZES[0]) {
             let bytes = dice.bytes(4096);
             layer.write(block * 4096, &bytes).unwrap();
-            model.write(block * 4096, 4096, |at| bytes[at as usize]);
+            model.write(block * 4096, 4096, Some(&bytes));
             layer.flush().unwrap();
         }
         model.flushed(model.flushing());
@@ -184,7 +180,7 @@ impl Rig {
                 waiting.lock().unwrap().insert(block, bytes);
                 return;
             }
-            model.lock().unwrap().write(block * 4096, 4096, |at| bytes[at as usize]);
+            model.lock().unwrap().write(block * 4096, 4096, Some(&bytes));
             let _ = disk.try_write(block * 4096, &bytes);
         }));
     }
@@ -193,7 +189,7 @@ impl Rig {
     fn write_waiting(&self, disk: &Disk) {
         let waiting = std::mem::take(&mut *self.waiting.lock().unwrap());
         for (block, bytes) in waiting {
-            self.model.lock().unwrap().write(block * 4096, 4096, |at| bytes[at as usize]);
+            self.model.lock().unwrap().write(block * 4096, 4096, Some(&bytes));
             let _ = disk.try_write(block * 4096, &bytes);
         }
     }
@@ -210,11 +206,11 @@ impl Rig {
             let result = match dice.roll(10) {
                 0..6 => {
                     let bytes = dice.bytes(length as usize);
-                    self.model.lock().unwrap().write(offset, length, |at| bytes[at as usize]);
+                    self.model.lock().unwrap().write(offset, length, Some(&bytes));
                     ready(disk.write(offset, &bytes))
                 }
                 6 | 7 => {
-                    self.model.lock().unwrap().write(offset, length, |_| 0);
+                    self.model.lock().unwrap().write(offset, length, None);
                     ready(disk.zero(offset, length))
                 }
                 _ => {
@@ -280,7 +276,7 @@ fn life(store: &Arc<FrameStore>, seed: u64, honest: bool) -> Result<(), String> 
 #[test]
 fn what_a_flush_promised_survives_any_power_cut() {
     let store = no_store();
-    for seed in 0..120 {
+    for seed in 0..200 {
         life(&store, seed, true).unwrap();
     }
 }
