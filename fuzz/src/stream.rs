@@ -1,7 +1,8 @@
-//! A disk on its way, and the map of a layer.
+//! A disk on its way, and the map and the log of a layer.
 
 use std::os::unix::fs::FileExt;
 
+use collective_model::Digest;
 use collective_store::sparse::{read_into, write_end, write_part};
 use collective_volume::Layer;
 
@@ -27,14 +28,23 @@ pub fn sparse(data: &[u8]) {
     assert!(again.len() <= disk.len() + 12 * (disk.len() / 4096 + 2));
 }
 
-/// The map of a layer, after the disk's size and the length of the data file.
+/// The map of a layer, after the disk's size, the length of the data file, and records of the log. These come without
+/// their checksums, which chance would never find.
 pub fn layer(data: &[u8]) {
     let rest = &mut { data };
-    let (size, length) = (number(rest, 4), number(rest, 4));
+    let (size, length, records) = (number(rest, 4), number(rest, 4), number(rest, 2) as usize);
+    let (records, map) = rest.split_at(records.min(rest.len()));
     let folder = folder();
     let path = folder.path().join("layer");
-    std::fs::File::create(&path).and_then(|file| file.set_len(length)).expect("a data file");
-    std::fs::write(folder.path().join("layer.map"), rest).expect("a map");
+    let file = std::fs::File::create(&path).expect("a data file");
+    for (slot, record) in (0..).zip(records.chunks(4064)) {
+        let mut record = record.to_vec();
+        record.resize(4064, 0);
+        record.extend(Digest::of(&record).0);
+        file.write_all_at(&record, size.next_multiple_of(4096) + slot * 4096).expect("a log");
+    }
+    file.set_len(length).expect("a length");
+    std::fs::write(folder.path().join("layer.map"), map).expect("a map");
     for writable in [false, true] {
         let Ok(layer) = Layer::open(&path, size, writable) else { return };
         let held = layer.held();

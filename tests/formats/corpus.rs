@@ -154,17 +154,26 @@ fn streams() -> Vec<Example> {
     let short = [&8192u32.to_le_bytes()[..3], &4096u64.to_le_bytes(), &3u32.to_le_bytes(), b"abc"].concat();
     let short = [&short[..], &8192u64.to_le_bytes(), &[0; 4]].concat();
     let mut examples = vec![("sparse", "records".to_owned(), stream), ("sparse", "short".to_owned(), short)];
-    for (name, size) in [("small", 1u64 << 20), ("odd", (40 << 20) + 512)] {
+    // The first flush of the odd one is too large for a record.
+    for (name, size, hole) in [("small", 1u64 << 20, 30), ("odd", (40 << 20) + 512, 300)] {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("layer");
         Layer::create(&path, size).unwrap();
         let layer = Layer::open(&path, size, true).unwrap();
-        layer.write(4096 * 3, &[1; 8192]).unwrap();
-        layer.discard(20, 30).unwrap();
+        layer.discard(20, hole).unwrap();
         layer.flush().unwrap();
-        let map = std::fs::read(folder.path().join("layer.map")).unwrap();
-        let head = [(size as u32).to_le_bytes(), (size as u32).to_le_bytes()].concat();
-        examples.push(("layer", name.to_owned(), [head, map].concat()));
+        // The data is zeros in this test, so only of such blocks the newest record counts.
+        layer.write(4096 * 3, &[0; 8192]).unwrap();
+        layer.flush().unwrap();
+        let (data, map) = (std::fs::read(&path).unwrap(), std::fs::read(folder.path().join("layer.map")).unwrap());
+        let log = data[size.next_multiple_of(4096) as usize..].chunks(4096).take(2);
+        let log: Vec<u8> =
+            log.filter(|slot| slot.starts_with(b"CLLR")).flat_map(|slot| &slot[..4064]).copied().collect();
+        let head = [(size as u32).to_le_bytes(), (data.len() as u32).to_le_bytes()].concat();
+        examples.push(("layer", name.to_owned(), [&head, &(log.len() as u16).to_le_bytes()[..], &log, &map].concat()));
+        // A version 1 has no log.
+        let old = [&b"CLLM\x01"[..], &map[5..]].concat();
+        examples.push(("layer", format!("{name}-1"), [&head, &[0; 2][..], &old].concat()));
     }
     examples
 }

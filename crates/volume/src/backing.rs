@@ -23,6 +23,20 @@ pub(crate) trait Backing: Debug + Send + Sync {
     fn sync(&self) -> io::Result<()>;
 }
 
+/// Fills `buffer` as far as the file goes; says how far.
+pub(crate) fn read_full(file: &dyn Backing, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
 impl Backing for File {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         FileExt::read_at(self, buffer, offset)

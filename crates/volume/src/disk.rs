@@ -316,7 +316,7 @@ impl Disk {
         Ok(())
     }
 
-    fn top_layer(&self) -> Arc<Layer> {
+    pub(crate) fn top_layer(&self) -> Arc<Layer> {
         self.layer(usize::from(self.top()) - 1)
     }
 

@@ -1,29 +1,33 @@
 //! One copy-on-write layer: a sparse data file, and a map of the 4 KiB blocks that it holds.
 //!
-//! The data file has the disk's own offsets. The map file, beside it with the suffix `.map`, is
-//! `"CLLM" u16 version=1 u16 0 u64 disk size`, zeros up to 4096, then one bit per block, lowest bit first.
+//! The data file has the disk's own offsets, and behind them a log of the blocks that the map does not name yet
+//! ([`log`]). The map is beside it with the suffix `.map` ([`map`]).
 //!
-//! What a flush promises: everything written before it survives a power cut. Therefore the map on disk never runs
-//! ahead of the data: a flush takes a copy of the changed map pages, syncs the data, writes the copy, syncs the map.
+//! What a flush promises: everything written before it survives a power cut. One sync of the data file is enough for
+//! content and log. When the log is full, or a flush has more blocks than a record names, the flush folds: it takes a
+//! copy of the changed map pages, syncs the data, writes the copy, syncs the map, which so never runs ahead of the data.
 //! A block written but not flushed may be old or new after a power cut, as on any disk, and never something else.
+//!
+//! Only the content of its blocks tells whether the newest record counts. So who wants to change one of them has to
+//! confirm the record first, with a flush: it writes the next one, or folds.
 //!
 //! After a sync of the data failed, nobody knows which pages the kernel dropped, and asking again would only say that
 //! nothing is left to write. So every later flush of that layer fails too, until it is opened anew.
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use collective_store::BLOCK;
 
-use crate::backing::Backing;
-
-const MAGIC: &[u8; 8] = b"CLLM\x01\0\0\0";
-const HEADER: usize = 16;
-const MAP_START: u64 = 4096;
-const MAP_PAGE: usize = 4096;
+use crate::backing::{Backing, read_full};
+use crate::log::{self, Blocks, Record, SLOT, SLOTS};
+use crate::map::{self, Bits, Map};
+use crate::replay::{Replay, content, replay, settle};
+use crate::rules::{Rule, keeps};
 
 /// Why a layer cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -54,18 +58,38 @@ pub struct Layer {
     path: PathBuf,
     data: Box<dyn Backing>,
     map: Box<dyn Backing>,
+    /// Where the log is follows from it.
+    size: u64,
+    /// Shared by all who change blocks, while they do.
+    fixed: RwLock<Fixed>,
     bits: Mutex<Bits>,
-    /// One flush at a time, so that an older copy of a map page cannot overwrite a newer one. Holds whether a sync of
-    /// the data has failed.
-    flushing: Mutex<bool>,
+    /// One flush at a time. Taken before `fixed`, and that before `bits`.
+    flushing: Mutex<Flushing>,
+}
+
+/// Blocks that must not change.
+#[derive(Debug, Default)]
+struct Fixed {
+    /// Those of the newest record, as long as it is in doubt.
+    newest: Blocks,
+    /// Those of the record that is being written.
+    next: Blocks,
+}
+
+impl Fixed {
+    fn touch(&self, blocks: &Range<u64>) -> bool {
+        keeps(Rule::FixedBlocksStay) && (self.newest.touch(blocks) || self.next.touch(blocks))
+    }
 }
 
 #[derive(Debug)]
-struct Bits {
-    bytes: Vec<u8>,
-    changed_pages: Vec<bool>,
-    /// Data was written since the last flush.
-    dirty: bool,
+struct Flushing {
+    /// A sync of the data has failed.
+    lost: bool,
+    /// The number of the next record.
+    number: u64,
+    /// So many records fit before one is overwritten that is not in the map.
+    room: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -83,18 +107,6 @@ fn suffixed(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-fn map_length(size: u64) -> u64 {
-    MAP_START + size.div_ceil(BLOCK).div_ceil(8).next_multiple_of(MAP_PAGE as u64)
-}
-
-/// What a map begins with.
-fn header(size: u64) -> [u8; HEADER] {
-    let mut header = [0; HEADER];
-    header[..8].copy_from_slice(MAGIC);
-    header[8..].copy_from_slice(&size.to_le_bytes());
-    header
-}
-
 /// The data file appears last and whole, by rename: what a crash leaves behind before that is overwritten next time,
 /// and a layer without its map or of the wrong length is damage, never a crash right here.
 fn make(path: &Path, size: u64) -> io::Result<()> {
@@ -105,66 +117,34 @@ fn make(path: &Path, size: u64) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = File::open(folder)?;
     let map = create(&map_path(path))?;
-    Backing::write_at(&map, &header(size), 0)?;
-    map.set_len(map_length(size))?;
+    Backing::write_at(&map, &map::header(size), 0)?;
+    map.set_len(map::length(size))?;
     map.sync_all()?;
     let part = suffixed(path, ".part");
     let data = create(&part)?;
-    data.set_len(size)?;
+    data.set_len(log::end(size))?;
     data.sync_all()?;
     folder.sync_all()?;
     std::fs::rename(&part, path)?;
     folder.sync_all()
 }
 
-/// Fills `buffer` as far as the file goes; says how far.
-fn read_full(file: &dyn Backing, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match file.read_at(&mut buffer[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+/// Makes room for a log, and for more blocks. Every record is in the map by now. The header comes last, so that at any
+/// instant both files are at least as long as it says.
+fn grow(data: &dyn Backing, map: &dyn Backing, found: &Map, size: u64) -> io::Result<()> {
+    data.set_length(data.length()?.max(log::end(size)))?;
+    // Where the old log was there are blocks of the disk now, and the last one's end has to be zeros.
+    for start in [found.size, size].map(log::start) {
+        let mut bytes = vec![0; SLOTS as usize * SLOT];
+        read_full(data, &mut bytes, start)?;
+        if bytes.iter().any(|byte| *byte != 0) {
+            data.write_at(&vec![0; bytes.len()], start)?;
         }
     }
-    Ok(done)
-}
-
-/// Reads a map for a disk of `size` bytes: the size that it was made for, and its bits; or what is wrong with it.
-fn read_map(map: &dyn Backing, size: u64) -> io::Result<Result<(u64, Vec<u8>), String>> {
-    let mut header = [0; HEADER];
-    if read_full(map, &mut header, 0)? < HEADER {
-        return Ok(Err("its map is cut short".into()));
-    }
-    let made_for = u64::from_le_bytes([8, 9, 10, 11, 12, 13, 14, 15].map(|i: usize| header[i]));
-    if &header[..8] != MAGIC {
-        return Ok(Err("its map has another format".into()));
-    }
-    // Checked before anything is allocated by it.
-    if made_for > size || made_for == 0 {
-        return Ok(Err(format!("it was made for a disk of {made_for} bytes, and this one has {size}")));
-    }
-    let blocks = made_for.div_ceil(BLOCK);
-    let mut bytes = vec![0; blocks.div_ceil(8) as usize];
-    if read_full(map, &mut bytes, MAP_START)? < bytes.len() {
-        return Ok(Err("its map is cut short".into()));
-    }
-    // They would become blocks of zeros when the disk grows.
-    let beyond = (blocks % 8 != 0).then(|| bytes.last().map_or(0, |last| last >> (blocks % 8)));
-    if beyond.is_some_and(|bits| bits != 0) {
-        return Ok(Err("its map names blocks beyond the end of the disk".into()));
-    }
-    Ok(Ok((made_for, bytes)))
-}
-
-/// The header comes last, so that at any instant both files are at least as long as it says.
-fn grow(data: &dyn Backing, map: &dyn Backing, size: u64) -> io::Result<()> {
-    data.set_length(data.length()?.max(size))?;
     data.sync()?;
-    map.set_length(map.length()?.max(map_length(size)))?;
+    map.set_length(map.length()?.max(map::length(size)))?;
     map.sync()?;
-    map.write_at(&header(size), 0)?;
+    map.write_at(&map::header(size), 0)?;
     map.sync()
 }
 
@@ -193,17 +173,27 @@ impl Layer {
     ) -> Result<Self, LayerError> {
         let error = |source| LayerError::Io { attempt: "open", path: path.to_owned(), source };
         let wrong = |why: String| LayerError::Content { path: path.to_owned(), why };
-        let (made_for, mut bytes) = read_map(map.as_ref(), size).map_err(error)?.map_err(wrong)?;
-        if data.length().map_err(error)? < made_for {
+        let mut found = map::read(map.as_ref(), size).map_err(error)?.map_err(wrong)?;
+        let needed = if found.logged { log::end(found.size) } else { found.size };
+        if data.length().map_err(error)? < needed {
             return Err(wrong("its data file is cut short".into()));
         }
-        bytes.resize(size.div_ceil(BLOCK).div_ceil(8) as usize, 0);
-        if writable && made_for < size {
-            grow(data.as_ref(), map.as_ref(), size).map_err(error)?;
+        let bytes = std::mem::take(&mut found.bits);
+        let changed_pages = vec![false; map::bits_length(size).div_ceil(map::PAGE)];
+        let mut bits = Bits { bytes, changed_pages, new: Blocks::default(), dirty: false };
+        let replayed = match found.logged {
+            true => replay(data.as_ref(), found.size, &mut bits).map_err(error)?,
+            false => Replay::default(),
+        };
+        if writable {
+            settle(data.as_ref(), map.as_ref(), &replayed, &mut bits).map_err(error)?;
         }
-        let pages = bytes.len().div_ceil(MAP_PAGE);
-        let bits = Mutex::new(Bits { bytes, changed_pages: vec![false; pages], dirty: false });
-        Ok(Self { path: path.to_owned(), data, map, bits, flushing: Mutex::new(false) })
+        bits.bytes.resize(map::bits_length(size), 0);
+        if writable && (found.size < size || !found.logged) {
+            grow(data.as_ref(), map.as_ref(), &found, size).map_err(error)?;
+        }
+        let flushing = Mutex::new(Flushing { lost: false, number: replayed.next, room: SLOTS });
+        Ok(Self { path: path.to_owned(), data, map, size, fixed: RwLock::default(), bits: Mutex::new(bits), flushing })
     }
 
     /// The blocks that the layer holds, ascending.
@@ -213,7 +203,7 @@ impl Layer {
             let byte = *byte;
             (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| i as u64 * 8 + bit)
         };
-        bits.bytes.iter().enumerate().flat_map(set).collect()
+        bits.bytes.iter().enumerate().filter(|(_, byte)| **byte != 0).flat_map(set).collect()
     }
 
     /// Reads from blocks that the layer holds.
@@ -226,72 +216,127 @@ impl Layer {
 
     /// Writes; every block touched must be held already or be written whole.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let blocks = offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK);
+        let _changing = self.free(&blocks)?;
         self.data.write_at(data, offset)?;
-        self.note(offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK));
+        self.note(blocks);
         Ok(())
     }
 
     /// Makes whole blocks zeros that take no space.
     pub fn discard(&self, first: u64, blocks: u64) -> io::Result<()> {
+        let _changing = self.free(&(first..first + blocks))?;
         self.data.punch(first * BLOCK, blocks * BLOCK)?;
         self.note(first..first + blocks);
         Ok(())
     }
 
-    fn note(&self, blocks: std::ops::Range<u64>) {
+    /// Waits until `blocks` may change, which they may for as long as the guard lives.
+    fn free(&self, blocks: &Range<u64>) -> io::Result<RwLockReadGuard<'_, Fixed>> {
+        loop {
+            let fixed = self.fixed.read().unwrap_or_else(PoisonError::into_inner);
+            if !fixed.touch(blocks) {
+                return Ok(fixed);
+            }
+            drop(fixed);
+            let mut flushing = lock(&self.flushing);
+            // Unless the flush that went on meanwhile has confirmed the record.
+            if self.fixed().touch(blocks) {
+                lock(&self.bits).dirty = true;
+                self.flush_alone(&mut flushing)?;
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn would_wait(&self, block: u64) -> bool {
+        self.fixed().touch(&(block..block + 1))
+    }
+
+    fn fixed(&self) -> RwLockWriteGuard<'_, Fixed> {
+        self.fixed.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, blocks: Range<u64>) {
         let mut bits = lock(&self.bits);
         bits.dirty = true;
         for block in blocks {
-            let (byte, bit) = ((block / 8) as usize, 1 << (block % 8));
-            let Some(slot) = bits.bytes.get_mut(byte) else { continue };
-            if *slot & bit == 0 {
-                *slot |= bit;
-                bits.changed_pages[byte / MAP_PAGE] = true;
+            if bits.set(block) {
+                bits.new.add(block);
             }
         }
     }
 
     /// Makes everything written so far durable.
     pub fn flush(&self) -> io::Result<()> {
-        let mut data_lost = lock(&self.flushing);
-        if *data_lost {
+        self.flush_alone(&mut lock(&self.flushing))
+    }
+
+    fn flush_alone(&self, flushing: &mut Flushing) -> io::Result<()> {
+        if flushing.lost {
             return Err(io::Error::other("an earlier flush failed, and what it lost cannot be known"));
         }
-        let changed = {
-            let mut bits = lock(&self.bits);
-            if !std::mem::take(&mut bits.dirty) {
-                return Ok(());
-            }
-            let pages: Vec<usize> = (0..bits.changed_pages.len()).filter(|p| bits.changed_pages[*p]).collect();
-            bits.changed_pages.fill(false);
-            let copy = |page: usize| {
-                let end = ((page + 1) * MAP_PAGE).min(bits.bytes.len());
-                (page, bits.bytes[page * MAP_PAGE..end].to_vec())
-            };
-            pages.into_iter().map(copy).collect::<Vec<_>>()
+        let mut fixed = self.fixed();
+        let mut bits = lock(&self.bits);
+        if !std::mem::take(&mut bits.dirty) {
+            return Ok(());
+        }
+        let mut new = std::mem::take(&mut bits.new);
+        let result = if new.fits() && flushing.room > 0 {
+            new.sort();
+            fixed.next = new.clone();
+            let needed = !new.is_empty() || !fixed.newest.is_empty();
+            drop((bits, fixed));
+            self.log(flushing, &new, needed)
+        } else {
+            let pages = bits.take_changed();
+            drop((bits, fixed));
+            self.fold(flushing, pages)
         };
-        let synced = self.data.sync();
-        *data_lost = synced.is_err();
-        let result = synced.and_then(|()| self.write_map(&changed));
-        if result.is_err() {
+        let mut fixed = self.fixed();
+        let next = std::mem::take(&mut fixed.next);
+        if result.is_ok() {
+            fixed.newest = next;
+        } else {
             // Nothing was promised; the next flush has to do it all again.
             let mut bits = lock(&self.bits);
             bits.dirty = true;
-            for (page, _) in &changed {
-                bits.changed_pages[*page] = true;
-            }
+            bits.new.put_back(new);
         }
         result
     }
 
-    fn write_map(&self, changed: &[(usize, Vec<u8>)]) -> io::Result<()> {
-        if changed.is_empty() {
-            return Ok(());
+    /// Syncs the data, with a record of the blocks that are new where one is needed. It is the newest then.
+    fn log(&self, flushing: &mut Flushing, new: &Blocks, needed: bool) -> io::Result<()> {
+        if !needed {
+            return self.data.sync().inspect_err(|_| flushing.lost = true);
         }
-        for (page, bytes) in changed {
-            self.map.write_at(bytes, MAP_START + (page * MAP_PAGE) as u64)?;
+        let content = content(self.data.as_ref(), new)?;
+        let record = Record { number: flushing.number, blocks: new.clone(), content };
+        let place = log::place(self.size, record.number);
+        self.data.write_at(&record.encode(), place)?;
+        self.data.sync().inspect_err(|_| {
+            flushing.lost = true;
+            // From now on the kernel may show what the disk does not have, and who opens the layer next would believe it.
+            let _ = self.data.write_at(&[0; SLOT], place);
+        })?;
+        flushing.number += 1;
+        if keeps(Rule::FullLogIsFolded) {
+            flushing.room -= 1;
         }
-        self.map.sync()
+        Ok(())
+    }
+
+    /// Syncs the data, then the map.
+    fn fold(&self, flushing: &mut Flushing, pages: Vec<(usize, Vec<u8>)>) -> io::Result<()> {
+        let synced = self.data.sync().inspect_err(|_| flushing.lost = true);
+        let result =
+            synced.and_then(|()| if pages.is_empty() { Ok(()) } else { map::write(self.map.as_ref(), &pages) });
+        match result {
+            Ok(()) => flushing.room = SLOTS,
+            Err(_) => pages.iter().for_each(|(page, _)| lock(&self.bits).changed_pages[*page] = true),
+        }
+        result
     }
 
     /// Where it is.

@@ -8,8 +8,12 @@
 mod backing;
 mod disk;
 mod layer;
+mod log;
+mod map;
 mod mount;
 mod recorder;
+mod replay;
+mod rules;
 
 #[cfg(test)]
 mod power_cut;

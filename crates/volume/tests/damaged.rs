@@ -14,6 +14,9 @@ use proptest::prelude::*;
 /// More than one page of map, and no whole number of bytes in it.
 const SIZE: u64 = 32_781 * 4096;
 
+/// Behind the disk's own bytes.
+const LOG: u64 = 64 * 4096;
+
 fn map_of(path: &Path) -> PathBuf {
     path.with_extension("map")
 }
@@ -58,14 +61,16 @@ fn each_damage_has_its_reason() {
         assert_eq!(refusal(|path| cut(&map_of(path), length)), "its map is cut short", "{length}");
     }
     assert_eq!(refusal(|path| patch(&map_of(path), 0, b"CLLX")), "its map has another format");
-    assert_eq!(refusal(|path| patch(&map_of(path), 4, &[2])), "its map has another format");
+    assert_eq!(refusal(|path| patch(&map_of(path), 4, &[3])), "its map has another format");
     for size in [0, SIZE + 1, u64::MAX] {
         let why = refusal(|path| patch(&map_of(path), 8, &size.to_le_bytes()));
         assert!(why.starts_with(&format!("it was made for a disk of {size} bytes")), "{why}");
     }
     let beyond = refusal(|path| patch(&map_of(path), 4096 + 32_781 / 8, &[0b0010_0000]));
     assert_eq!(beyond, "its map names blocks beyond the end of the disk");
-    assert_eq!(refusal(|path| cut(path, SIZE - 1)), "its data file is cut short");
+    for length in [SIZE - 1, SIZE, SIZE + LOG - 1] {
+        assert_eq!(refusal(|path| cut(path, length)), "its data file is cut short", "{length}");
+    }
     assert_eq!(refusal(|path| std::fs::remove_file(path).unwrap()), "open: NotFound");
     assert_eq!(refusal(|path| std::fs::remove_file(map_of(path)).unwrap()), "open: NotFound");
 }
@@ -76,10 +81,46 @@ fn a_layer_of_a_smaller_disk_grows_only_when_it_takes_writes() {
     let path = layer(folder.path());
     let larger = SIZE + 100 * 4096;
     assert_eq!(Layer::open(&path, larger, false).unwrap().held(), [0, 32_780]);
-    assert_eq!(std::fs::metadata(&path).unwrap().len(), SIZE);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), SIZE + LOG);
     assert_eq!(Layer::open(&path, larger, true).unwrap().held(), [0, 32_780]);
-    assert_eq!(std::fs::metadata(&path).unwrap().len(), larger);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), larger + LOG);
+    let used = Layer::open(&path, larger, false).unwrap();
+    let mut bytes = vec![1; 100 * 4096];
+    used.read(SIZE, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0), "the old log is gone");
     assert!(Layer::open(&path, SIZE, true).is_err(), "a disk never shrinks");
+}
+
+#[test]
+fn a_layer_of_version_1_gets_a_log_when_it_takes_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = layer(folder.path());
+    // All is in the map afterwards.
+    Layer::open(&path, SIZE, true).unwrap();
+    patch(&map_of(&path), 4, &[1]);
+    cut(&path, SIZE);
+    assert_eq!(Layer::open(&path, SIZE, false).unwrap().held(), [0, 32_780]);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), SIZE);
+    let opened = Layer::open(&path, SIZE, true).unwrap();
+    opened.write(4096, &[3; 4096]).unwrap();
+    opened.flush().unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), SIZE + LOG);
+    assert_eq!(Layer::open(&path, SIZE, false).unwrap().held(), [0, 1, 32_780]);
+}
+
+#[test]
+fn the_log_of_a_frozen_layer_is_read_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = layer(folder.path());
+    let files = || (std::fs::read(&path).unwrap(), std::fs::read(map_of(&path)).unwrap());
+    let before = files();
+    assert!(before.1[4096..].iter().all(|byte| *byte == 0), "one sync: nothing is in the map");
+    let frozen = Layer::open(&path, SIZE, false).unwrap();
+    assert_eq!(frozen.held(), [0, 32_780]);
+    assert!(files() == before);
+    // Another content than the record says: that flush was not through.
+    patch(&path, 5, &[77]);
+    assert!(Layer::open(&path, SIZE, false).unwrap().held().is_empty());
 }
 
 #[test]
@@ -131,6 +172,23 @@ fn a_chain_has_its_limits() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
+    #[test]
+    fn a_damaged_log_is_whole_or_nothing(at in 0u64..3 * 4096, bytes in proptest::collection::vec(any::<u8>(), 1..40)) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("layer");
+        Layer::create(&path, 100 * 4096).unwrap();
+        let layer = Layer::open(&path, 100 * 4096, true).unwrap();
+        for block in [7, 90] {
+            layer.write(block * 4096, &[block as u8; 4096]).unwrap();
+            layer.flush().unwrap();
+        }
+        patch(&path, 100 * 4096 + at, &bytes);
+        for writable in [false, true] {
+            let held = Layer::open(&path, 100 * 4096, writable).unwrap().held();
+            prop_assert!(held.iter().all(|block| [7, 90].contains(block)), "{held:?}");
+        }
+    }
+
     #[test]
     fn no_map_makes_it_panic(at in 0usize..4200, bytes in proptest::collection::vec(any::<u8>(), 1..40), length: u16) {
         let folder = tempfile::tempdir().unwrap();

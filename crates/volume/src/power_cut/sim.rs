@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::backing::Backing;
@@ -24,7 +25,24 @@ impl Dice {
     }
 
     pub fn bytes(&mut self, length: usize) -> Vec<u8> {
-        (0..length).map(|_| self.roll(255) as u8 + 1).collect()
+        let mut bytes = Vec::with_capacity(length + 8);
+        while bytes.len() < length {
+            // None of them is zero.
+            bytes.extend((self.roll(u64::MAX) | 0x0101_0101_0101_0101).to_le_bytes());
+        }
+        bytes.truncate(length);
+        bytes
+    }
+}
+
+/// The part of a change at `offset` that hits a sector. Without bytes it becomes zeros.
+pub(super) fn patch(number: u64, sector: &mut Sector, offset: u64, length: u64, bytes: Option<&[u8]>) {
+    let start = number * SECTOR;
+    let (from, to) = (offset.max(start), (offset + length).min(start + SECTOR));
+    let part = &mut sector[(from - start) as usize..(to - start) as usize];
+    match bytes {
+        Some(bytes) => part.copy_from_slice(&bytes[(from - offset) as usize..(to - offset) as usize]),
+        None => part.fill(0),
     }
 }
 
@@ -37,6 +55,16 @@ impl Plug {
         let mut left = self.0.lock().unwrap();
         *left = left.checked_sub(1).ok_or_else(|| io::Error::other("the power is gone"))?;
         Ok(())
+    }
+
+    /// Many ways to fail begin with a sync that did not come to its end, so the power often goes just there.
+    fn step_of_sync(&self) -> io::Result<()> {
+        let mut left = self.0.lock().unwrap();
+        if *left < 12 && *left % 2 == 1 {
+            *left = 0;
+        }
+        drop(left);
+        self.step()
     }
 
     pub fn gone(&self) -> bool {
@@ -63,6 +91,8 @@ pub(super) struct SimFile {
     plug: Arc<Plug>,
     /// A disk that lies answers a sync and does nothing.
     honest: bool,
+    /// A sync fails, and what it should have made durable counts as clean from then on.
+    pub syncs_fail: AtomicBool,
     medium: Mutex<Medium>,
     /// Called when a sync is through: the moment for somebody else to write.
     pub after_sync: Mutex<Option<Box<dyn FnMut() + Send>>>,
@@ -77,22 +107,19 @@ impl std::fmt::Debug for SimFile {
 impl SimFile {
     pub fn new(plug: &Arc<Plug>, honest: bool, content: Content) -> Arc<Self> {
         let medium = Medium { durable: content.clone(), current: content, since: BTreeMap::new() };
-        Arc::new(Self { plug: plug.clone(), honest, medium: Mutex::new(medium), after_sync: Mutex::default() })
+        let (plug, medium) = (plug.clone(), Mutex::new(medium));
+        Arc::new(Self { plug, honest, syncs_fail: AtomicBool::new(false), medium, after_sync: Mutex::default() })
     }
 
     pub fn medium(&self) -> MutexGuard<'_, Medium> {
         self.medium.lock().unwrap()
     }
 
-    fn change(&self, offset: u64, length: u64, byte_at: impl Fn(u64) -> u8) {
+    fn change(&self, offset: u64, length: u64, new: Option<&[u8]>) {
         let mut medium = self.medium();
         for sector in offset / SECTOR..(offset + length).div_ceil(SECTOR) {
             let mut bytes = medium.current.sectors.get(&sector).copied().unwrap_or([0; SECTOR as usize]);
-            for (at, byte) in (sector * SECTOR..).zip(bytes.iter_mut()) {
-                if (offset..offset + length).contains(&at) {
-                    *byte = byte_at(at - offset);
-                }
-            }
+            patch(sector, &mut bytes, offset, length, new);
             medium.current.sectors.insert(sector, bytes);
             medium.since.entry(sector).or_default().push(bytes);
         }
@@ -135,13 +162,13 @@ impl Backing for Arc<SimFile> {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.plug.step()?;
-        self.change(offset, bytes.len() as u64, |at| bytes[at as usize]);
+        self.change(offset, bytes.len() as u64, Some(bytes));
         Ok(())
     }
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
         self.plug.step()?;
-        self.change(offset, length, |_| 0);
+        self.change(offset, length, None);
         Ok(())
     }
 
@@ -156,11 +183,18 @@ impl Backing for Arc<SimFile> {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.plug.step()?;
+        self.plug.step_of_sync()?;
+        if self.syncs_fail.load(Ordering::SeqCst) {
+            self.medium().since.clear();
+            return Err(io::Error::other("the medium is broken"));
+        }
         if self.honest {
             let mut medium = self.medium();
-            medium.durable = medium.current.clone();
-            medium.since.clear();
+            let Medium { durable, current, since } = &mut *medium;
+            let now =
+                |(sector, mut versions): (u64, Vec<Sector>)| (sector, versions.pop().unwrap_or([0; SECTOR as usize]));
+            durable.sectors.extend(std::mem::take(since).into_iter().map(now));
+            durable.length = current.length;
         }
         if let Some(hook) = self.after_sync.lock().unwrap().as_mut() {
             hook();
