@@ -70,6 +70,10 @@ fn the_same_disks_boot_by_uefi_which_keeps_its_variables() {
     assert!(fleet.ok(&["logs", "n"]).contains("BdsDxe: starting Boot"), "the firmware found the boot loader");
     assert_eq!(guest.get("/uefi-boots"), "1", "the guest wrote a variable");
     guest.put("/notes/x", "kept");
+    // The firmware's flash is part of a machine that goes on, and its guest can restart from it.
+    fleet.ok(&["suspend", "n"]);
+    fleet.ok(&["resume", "n"]);
+    assert_eq!(guest.get("/notes/x"), "kept");
 
     fleet.ok(&["restart", "n"]);
     fleet.wait("n", "healthy");

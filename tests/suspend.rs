@@ -319,6 +319,30 @@ fn a_running_machine_moves_there_and_back() {
 }
 
 #[test]
+fn the_timeline_has_pictures_of_the_screen() {
+    let fleet = Fleet::start(PROGRAM);
+    let folder = fleet.file("with-screen");
+    let made = std::process::Command::new("cp").arg("-r").arg(tiny(PROGRAM, SCRATCH, "1")).arg(&folder).status();
+    assert!(made.unwrap().success());
+    let recipe = folder.join("appliance.toml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    std::fs::write(&recipe, text.replace("display = false", "display = true")).unwrap();
+    fleet.ok(&["publish", &folder.to_string_lossy()]);
+    let guest = Guest { port: free_port() };
+    fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--publish", &format!("{}:80", guest.port)]);
+    fleet.wait("n", "healthy");
+    let generation = guest.get("/fill?20");
+    fleet.ok(&["checkpoint", "n"]);
+    let pictures = fleet.file("pictures");
+    fleet.ok(&["timeline", "n", "--screens", &pictures.to_string_lossy()]);
+    let picture = std::fs::read(pictures.join("1.png")).unwrap();
+    assert!(picture.starts_with(b"\x89PNG"), "{} bytes", picture.len());
+    // The video memory comes back too.
+    fleet.ok(&["restore", "n", "1"]);
+    sound(&guest, &generation);
+}
+
+#[test]
 fn an_ordinary_user_can_do_it_too() {
     if !rustix::process::geteuid().is_root() {
         return eprintln!("skipped: every other test runs as an ordinary user here");

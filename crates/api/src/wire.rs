@@ -301,6 +301,11 @@ pub enum OperationRequest {
         #[serde(default)]
         keep: Vec<Name>,
     },
+    /// Give the picture of the screen at a checkpoint.
+    Screen {
+        /// Which.
+        checkpoint: CheckpointId,
+    },
     /// Forget a checkpoint.
     Forget {
         /// Which.

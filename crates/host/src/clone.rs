@@ -7,7 +7,7 @@ use collective_model::{Origin, State};
 
 use crate::files::read_json;
 use crate::instance::{Instance, record_path};
-use crate::record::{CheckpointRecord, Record, SuspendedRecord, layer_path, state_path};
+use crate::record::{CheckpointRecord, Record, SuspendedRecord, layer_path, screen_path, state_path};
 
 impl Instance {
     /// Takes over what the other instance was. Repeated, it does the same again.
@@ -27,6 +27,9 @@ impl Instance {
         }
         if let Some(last) = machine.as_ref().and_then(|machine| machine.memory.last()) {
             self.link(&state_path(&home, *last), &state_path(&self.folder, *last))?;
+            if info.machine.as_ref().is_some_and(|machine| machine.screen) {
+                self.link(&screen_path(&home, *last), &screen_path(&self.folder, *last))?;
+            }
         }
         let record = &mut self.record;
         (record.version, record.version_name) = (info.version, Some(info.version_name.clone()));

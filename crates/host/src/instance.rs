@@ -218,6 +218,7 @@ impl Instance {
             OperationKind::Resume => self.go_on().await,
             OperationKind::Checkpoint { why } => self.keep_present(&id, why).await,
             OperationKind::GoBack { to, disks_only, keep } => self.go_back(&id, to, disks_only, &keep).await,
+            OperationKind::Screen { checkpoint } => self.screen(checkpoint),
             OperationKind::Forget { checkpoint } => self.forget(checkpoint),
         };
         let state = match result {

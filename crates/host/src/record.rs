@@ -415,6 +415,11 @@ pub fn state_path(folder: &Path, layer: u64) -> PathBuf {
     folder.join("layers").join(format!("{layer}.state"))
 }
 
+/// Where the picture of the screen of that machine is.
+pub fn screen_path(folder: &Path, layer: u64) -> PathBuf {
+    folder.join("layers").join(format!("{layer}.png"))
+}
+
 /// Where a layer is.
 pub fn layer_path(folder: &Path, layer: u64) -> PathBuf {
     folder.join("layers").join(layer.to_string())

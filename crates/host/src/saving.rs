@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::instance::Instance;
 use crate::link::{self, LinkError};
-use crate::record::{MachineRecord, SaveJournal, SuspendedRecord, layer_path, state_path};
+use crate::record::{MachineRecord, SaveJournal, SuspendedRecord, layer_path, screen_path, state_path};
 
 /// How often the runner is asked how it goes.
 const ASK_EVERY: Duration = Duration::from_millis(20);
@@ -81,6 +81,7 @@ impl Instance {
             memory: layer_path(&self.folder, number),
             state: state_path(&self.folder, number),
             tops: tops.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
+            screen: Some(screen_path(&self.folder, number)),
         };
         let asked = link::ask(&self.run_dir, &Request::Save(order)).await;
         if let Err(LinkError::Refused(why)) = asked {
@@ -172,6 +173,7 @@ impl Instance {
                 bytes: saved.memory_bytes + saved.state_bytes,
                 pause_us: saved.pause_us,
                 platform: saved.platform,
+                screen: saved.screen,
             },
         })
     }
@@ -397,6 +399,17 @@ impl Instance {
             self.set_state(State::Stopped);
         }
         Ok(result)
+    }
+
+    /// The picture of the screen at a checkpoint, as PNG in hexadecimal digits.
+    pub(crate) fn screen(&self, checkpoint: CheckpointId) -> Result<Value, String> {
+        let kept = self.record.checkpoints.iter().find(|kept| kept.info.id == checkpoint);
+        let kept = kept.ok_or_else(|| format!("there is no checkpoint {}", checkpoint.0))?;
+        let last = kept.machine.as_ref().filter(|machine| machine.info.screen).and_then(|m| m.memory.last());
+        let path = screen_path(&self.folder, *last.ok_or("there is no picture of it")?);
+        let picture = std::fs::read(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+        let digits: String = picture.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(json!({ "png": digits }))
     }
 
     /// Forgets a checkpoint.

@@ -10,7 +10,7 @@
 
 use collective_api::{Backup, BackupDisk, PrivateGrant, Whole, WholeDisk, WholeFile, WholeMachine};
 use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RestoreFile, WholeOrder};
-use collective_model::{BackupId, Generation, OperationId, State, Timestamp, Trigger};
+use collective_model::{BackupId, CheckpointMachine, Generation, OperationId, State, Timestamp, Trigger};
 use collective_store::PackInfo;
 use serde_json::{Value, json};
 
@@ -202,7 +202,8 @@ impl Instance {
             epoch: machine.epoch.clone(),
             memory_mib: machine.memory_mib,
             cpus: machine.cpus,
-            info: machine.info.clone(),
+            // The picture stays behind.
+            info: CheckpointMachine { screen: false, ..machine.info.clone() },
         });
         let record = &mut self.record;
         record.suspended = suspended.map(|machine| SuspendedRecord { machine, disks: disks.clone() });

@@ -260,6 +260,11 @@ pub enum OperationKind {
         /// Disks that stay as they are; only with `disks_only`.
         keep: Vec<Name>,
     },
+    /// Give the picture of the screen at a checkpoint.
+    Screen {
+        /// Which.
+        checkpoint: CheckpointId,
+    },
     /// Forget a checkpoint.
     Forget {
         /// Which.
@@ -290,6 +295,7 @@ impl OperationKind {
             Self::Resume => "resume",
             Self::Checkpoint { .. } => "checkpoint",
             Self::GoBack { .. } => "restore",
+            Self::Screen { .. } => "screen",
             Self::Forget { .. } => "forget",
             Self::Delete { .. } => "delete",
         }
@@ -437,6 +443,9 @@ pub struct CheckpointMachine {
     pub pause_us: Option<u64>,
     /// What it goes on with: only there.
     pub platform: crate::run::Platform,
+    /// Whether there is a picture of its screen.
+    #[serde(default)]
+    pub screen: bool,
 }
 
 #[cfg(test)]

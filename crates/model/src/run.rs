@@ -93,6 +93,9 @@ pub struct SaveOrder {
     /// New layers for the disks, in their order, which take the writes from that instant on. Empty: the machine ends when
     /// it is saved.
     pub tops: Vec<PathBuf>,
+    /// Where to put a picture of the screen, if it has one.
+    #[serde(default)]
+    pub screen: Option<PathBuf>,
 }
 
 impl SaveOrder {
@@ -130,6 +133,9 @@ pub struct Saved {
     pub platform: Platform,
     /// Why its whole memory has to be copied each time, if that is so.
     pub untracked: Option<String>,
+    /// Whether there is a picture of the screen.
+    #[serde(default)]
+    pub screen: bool,
 }
 
 /// What a running machine depends on beside its own hardware: it goes on only where this is the same.

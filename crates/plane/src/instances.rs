@@ -347,6 +347,7 @@ impl Plane {
                 }
                 OperationKind::GoBack { to, disks_only, keep }
             }
+            OperationRequest::Screen { checkpoint } => OperationKind::Screen { checkpoint },
             OperationRequest::Forget { checkpoint } => OperationKind::Forget { checkpoint },
             OperationRequest::Delete { data } => OperationKind::Delete { data },
         };

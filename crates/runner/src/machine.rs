@@ -171,6 +171,8 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
     let machine = describe(layout, config)?;
     let (vm, events) =
         vmm::Vm::launch(&machine, options).await.map_err(NotStarted::step("the machine does not start"))?;
+    // Before anybody is told that it runs, and may ask for its ports.
+    forward(&vm, shared).await?;
     if config.resume.is_some() {
         vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
         if let Err(error) = vm.announce().await {
@@ -184,7 +186,6 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         status.qemu_pid = Some(vm.pid());
         status.started_in_ms = Some(Timestamp::now().since_ms(config.ordered));
     }
-    forward(&vm, shared).await?;
     Ok((vm, events, Saver::new(platform, config.resume.as_ref())))
 }
 

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use collective_model::Digest;
 use collective_model::run::{Platform, RunResume, SaveOrder, Saved};
-use collective_store::{BLOCK, Encoding};
+use collective_store::BLOCK;
 use collective_vmm::{Accelerator, GuestMemory, MachineState, QemuInfo, RunState, Vm};
 use collective_volume::{Disk, Layer};
 use serde_json::{Value, json};
@@ -23,6 +23,8 @@ use serde_json::{Value, json};
 use crate::state::Shared;
 
 const MAGIC: &[u8; 8] = b"CLSM\x01\0\0\0";
+/// zstd's level for the state, which is written while the guest goes on.
+const LEVEL: i32 = 3;
 /// Memory is copied in pieces of so many bytes.
 const STEP: u64 = 4 << 20;
 /// The guest is stopped when so many bytes are left to copy,
@@ -125,7 +127,14 @@ impl Saver {
         self.chain.push(order.memory.clone());
         let untracked = memory.untracked().map(ToOwned::to_owned);
         let (digest, state_bytes) = self.make_durable(order, writer.layer, &disks, state).await?;
+        let mut screen = false;
+        if let (true, Some(path)) = (shared.config.display, &order.screen) {
+            // Only something to recognise it by.
+            let taken = vm.screendump(path).await;
+            screen = taken.inspect_err(|error| tracing::warn!(%error, "there is no picture of the screen")).is_ok();
+        }
         Ok(Saved {
+            screen,
             memory: self.chain.clone(),
             digest,
             memory_bytes: writer.written,
@@ -149,7 +158,7 @@ impl Saver {
         let work = move || -> io::Result<(Digest, u64)> {
             layer.flush()?;
             disks.iter().try_for_each(|disk| disk.flush())?;
-            let bytes = encode(&state, &epoch, &platform);
+            let bytes = encode(&state, &epoch, &platform)?;
             write_durably(&path, &bytes)?;
             Ok((Digest::of(&bytes), bytes.len() as u64))
         };
@@ -262,13 +271,12 @@ fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     std::fs::File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
 }
 
-/// `"CLSM"`, `u16` version 1, `u16` 0, `u32` length of a JSON header, the header, and the machine's state as a frame is
-/// stored.
-fn encode(state: &MachineState, epoch: &str, platform: &Platform) -> Vec<u8> {
+/// `"CLSM"`, `u16` version 1, `u16` 0, `u32` length of a JSON header, the header, and the machine's state in zstd.
+fn encode(state: &MachineState, epoch: &str, platform: &Platform) -> io::Result<Vec<u8>> {
     let state = state.encode();
-    let (encoding, stored) = collective_store::encode(&state);
+    let stored = zstd::bulk::compress(&state, LEVEL)?;
     let header = json!({
-        "epoch": epoch, "platform": platform, "bytes": state.len(), "encoding": encoding as u8,
+        "epoch": epoch, "platform": platform, "bytes": state.len(),
         "digest": Digest::of(&state),
     });
     let header = header.to_string();
@@ -276,7 +284,7 @@ fn encode(state: &MachineState, epoch: &str, platform: &Platform) -> Vec<u8> {
     out.extend((header.len() as u32).to_le_bytes());
     out.extend(header.as_bytes());
     out.extend(stored);
-    out
+    Ok(out)
 }
 
 /// The state in a file, if it is the one that belongs to this memory and goes on here.
@@ -301,10 +309,10 @@ fn decode(bytes: &[u8], epoch: &str, here: &Platform) -> Result<MachineState, St
     there.goes_on_at(Some(here))?;
     let length = header["bytes"].as_u64().and_then(|length| usize::try_from(length).ok());
     let length = length.filter(|length| *length <= MAX_STATE).ok_or_else(broken)?;
-    let encoding = header["encoding"].as_u64().and_then(|byte| u8::try_from(byte).ok()).ok_or_else(broken)?;
-    let encoding = Encoding::try_from(encoding).map_err(|_| broken())?;
-    let digest = serde_json::from_value(header["digest"].clone()).map_err(|_| broken())?;
-    let state = collective_store::decode(&digest, encoding, rest, length).map_err(|_| broken())?;
+    let state = zstd::bulk::decompress(rest, length).map_err(|_| broken())?;
+    if header["digest"] != json!(Digest::of(&state)) {
+        return Err(broken());
+    }
     MachineState::decode(&state).map_err(|e| e.to_string())
 }
 
@@ -347,7 +355,7 @@ mod tests {
 
     #[test]
     fn a_state_goes_on_only_with_its_own_memory_and_where_it_was() {
-        let bytes = encode(&state(), "now", &here());
+        let bytes = encode(&state(), "now", &here()).unwrap();
         assert_eq!(decode(&bytes, "now", &here()), Ok(state()));
         assert!(decode(&bytes, "then", &here()).unwrap_err().contains("different instants"));
         let there = Platform { qemu: "9.2.0".into(), ..here() };
@@ -362,7 +370,7 @@ mod tests {
     fn a_file_that_was_changed_is_not_believed() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("7.state");
-        let bytes = encode(&state(), "now", &here());
+        let bytes = encode(&state(), "now", &here()).unwrap();
         write_durably(&path, &bytes).unwrap();
         let (memory, digest) = (vec![temp.path().join("7")], Digest::of(&bytes));
         let resume = RunResume { memory, state: path.clone(), digest, epoch: "now".into() };

@@ -1,6 +1,8 @@
 //! `suspend`, `resume`, `clone`, `move`, `check-host`, `checkpoint`, `timeline`, `restore`: a running machine as data.
 
-use anyhow::{Result, anyhow, bail};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow, bail};
 use collective_api::{Client, CloneRequest, HostView, InstanceView, MoveRequest, OperationRequest, OperationView};
 use collective_model::{ByteSize, Checkpoint as Kept, CheckpointId, Name, PublishedPort, State};
 use serde_json::{Value, json};
@@ -318,16 +320,33 @@ impl Checkpoint {
 
 /// List what was kept of an instance, and what each takes
 ///
+/// With --screens, pictures of the screen (of machines that have one) are written into a folder, as NUMBER.png.
+///
 /// Example: collective timeline n
 #[derive(Debug, clap::Args)]
 pub struct Timeline {
     name: Name,
+    /// Write pictures of the screen into this folder
+    #[arg(long, value_name = "DIR")]
+    screens: Option<PathBuf>,
 }
 
 impl Timeline {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
         let view = super::instance(client, &self.name).await?;
         let kept = view.observed.map(|seen| seen.checkpoints).unwrap_or_default();
+        if let Some(folder) = &self.screens {
+            std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+            for kept in kept.iter().filter(|kept| kept.machine.as_ref().is_some_and(|machine| machine.screen)) {
+                let request = OperationRequest::Screen { checkpoint: kept.id };
+                let picture = operate(ui, client, &self.name, &request).await?;
+                let path = folder.join(format!("{}.png", kept.id.0));
+                let bytes = from_digits(picture["png"].as_str().unwrap_or_default());
+                let bytes = bytes.ok_or_else(|| anyhow!("the picture of checkpoint {} came damaged", kept.id.0))?;
+                std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+                ui.hint(format!("the screen at checkpoint {}: {}", kept.id.0, path.display()));
+            }
+        }
         ui.data(&kept, |ui| {
             let row = |kept: &Kept| {
                 let pause = kept.machine.as_ref().and_then(|machine| machine.pause_us);
@@ -349,6 +368,11 @@ impl Timeline {
         });
         Ok(())
     }
+}
+
+fn from_digits(digits: &str) -> Option<Vec<u8>> {
+    let pair = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    digits.as_bytes().chunks(2).map(pair).collect()
 }
 
 /// Go back to a checkpoint; the present is kept as one, so that going back can be undone
