@@ -3,15 +3,19 @@
 //! Disks are chains of layers. A checkpoint is a copy of the chains: from then on these layers are frozen, and each
 //! disk goes on with a new one. Going back is putting an old chain, with a new layer on top, in place of the present.
 
+mod machine;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use collective_model::run::RunImage;
 use collective_model::{
-    BackupId, Checkpoint, CheckpointId, CheckpointMachine, Digest, Disk, DiskRole, Manifest, Name, OperationId,
-    OperationState, Spec, State, SystemWrites, Timestamp, VersionName,
+    BackupId, Checkpoint, CheckpointId, Digest, Disk, DiskRole, Manifest, Name, OperationId, OperationState, Spec,
+    State, SystemWrites, Timestamp, VersionName,
 };
 use serde::{Deserialize, Serialize};
+
+pub use machine::{MachineRecord, SaveJournal, SuspendedRecord};
 
 /// Finished operations that are remembered, so that a repeated order is answered and not carried out again.
 const REMEMBERED: usize = 32;
@@ -105,47 +109,6 @@ pub struct CheckpointRecord {
     pub machine: Option<MachineRecord>,
 }
 
-/// A machine that stands still, and its disks.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SuspendedRecord {
-    /// Memory and devices.
-    pub machine: MachineRecord,
-    /// The disks as they were; all layers in it are frozen.
-    pub disks: Vec<DiskRecord>,
-}
-
-/// Memory and devices of one instant.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct MachineRecord {
-    /// Layers of its memory, oldest first. The file with the rest has the number of the last one.
-    pub memory: Vec<u64>,
-    /// That file's digest.
-    pub digest: Digest,
-    /// Names the instant, for ever.
-    pub epoch: String,
-    /// MiB of memory.
-    pub memory_mib: u64,
-    /// Virtual CPUs.
-    pub cpus: u32,
-    /// What users see of it.
-    pub info: CheckpointMachine,
-}
-
-/// An order to save the machine.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SaveJournal {
-    /// The order it is part of.
-    pub operation: OperationId,
-    /// Names the instant, for ever.
-    pub epoch: String,
-    /// The layer of memory, which also names the order to the runner.
-    pub number: u64,
-    /// Why, in the timeline; none: it ends the machine.
-    pub why: Option<String>,
-    /// The disks as they are at that instant; the present ones have a new layer each.
-    pub disks: Vec<DiskRecord>,
-}
-
 /// An update between its point of no return and its outcome.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UpdateJournal {
@@ -206,7 +169,7 @@ impl Record {
         }
     }
 
-    fn new_layer(&mut self) -> u64 {
+    pub(super) fn new_layer(&mut self) -> u64 {
         let layer = self.next_layer;
         self.next_layer += 1;
         self.fresh.insert(layer);
@@ -223,32 +186,6 @@ impl Record {
     /// Whether something keeps this layer as it is.
     fn is_frozen(&self, layer: u64) -> bool {
         self.kept_disks().any(|disk| disk.layers.contains(&layer))
-    }
-
-    /// A new layer on each disk; they are created by whoever is told of them.
-    pub fn push_layers(&mut self) -> Vec<u64> {
-        let first = self.next_layer;
-        self.next_layer += self.disks.len() as u64;
-        let new: Vec<u64> = (first..self.next_layer).collect();
-        self.disks.iter_mut().zip(&new).for_each(|(disk, layer)| disk.layers.push(*layer));
-        new
-    }
-
-    /// Takes layers away that nobody created.
-    pub fn drop_layers(&mut self, is_there: &dyn Fn(u64) -> bool, among: &[u64]) {
-        for disk in &mut self.disks {
-            disk.layers.retain(|layer| !among.contains(layer) || is_there(*layer));
-        }
-    }
-
-    /// The disks of the saved machine, each under a new layer.
-    pub fn prepare_resume(&mut self) {
-        let Some(suspended) = &self.suspended else { return };
-        self.disks = suspended.disks.clone();
-        for index in 0..self.disks.len() {
-            let layer = self.new_layer();
-            self.disks[index].layers.push(layer);
-        }
     }
 
     /// Disks for a version: its system disks anew, data disks as they are or created, in the version's order.
@@ -329,36 +266,13 @@ impl Record {
     }
 
     /// Adds a checkpoint; the oldest go, if there are too many.
-    fn keep(&mut self, checkpoint: CheckpointRecord) {
+    pub(super) fn keep(&mut self, checkpoint: CheckpointRecord) {
         self.checkpoints.push(checkpoint);
         let journaled = self.update.as_ref().map(|update| update.before);
         while self.checkpoints.len() > KEPT_CHECKPOINTS {
             let Some(oldest) = self.checkpoints.iter().position(|old| Some(old.info.id) != journaled) else { break };
             self.checkpoints.remove(oldest);
         }
-    }
-
-    /// Keeps a machine that was saved, with the disks of that instant.
-    pub fn keep_machine(
-        &mut self,
-        why: String,
-        disks: Vec<DiskRecord>,
-        machine: MachineRecord,
-        own_bytes: u64,
-    ) -> CheckpointId {
-        let id = CheckpointId(self.next_checkpoint);
-        self.next_checkpoint += 1;
-        let info = Checkpoint {
-            id,
-            taken: Timestamp::now(),
-            why,
-            version: self.version,
-            version_name: self.version_name(),
-            own_bytes,
-            machine: Some(machine.info.clone()),
-        };
-        self.keep(CheckpointRecord { info, before_update: false, disks, machine: Some(machine) });
-        id
     }
 
     /// The checkpoint that `rollback` goes to: the newest taken before an update away from it. Where only the system

@@ -1,9 +1,9 @@
 //! Instances: what users want of them.
 
-use collective_api::{CloneRequest, InstancePatch, InstanceView, LaunchRequest, OperationRequest, OperationView};
+use collective_api::{InstancePatch, InstanceView, LaunchRequest, OperationRequest, OperationView};
 use collective_model::{
-    ApplianceName, Generation, InstanceId, Manifest, Name, Operation, OperationId, OperationKind, Origin,
-    PublishedPort, Reference, Selector, Spec, Timestamp, VersionName,
+    ApplianceName, Generation, InstanceId, Manifest, Name, Operation, OperationId, OperationKind, PublishedPort,
+    Reference, Selector, Spec, Timestamp, VersionName,
 };
 
 use crate::Plane;
@@ -12,8 +12,6 @@ use crate::hosts::is_reachable;
 use crate::place::{Candidate, place, unfit};
 use crate::problem::{Answer, Failure};
 
-/// Clones made at once.
-const MOST_CLONES: usize = 100;
 /// Memory that a host keeps for itself, in bytes.
 const HOST_MEMORY: i64 = 256 << 20;
 
@@ -75,50 +73,6 @@ impl Plane {
         }
         self.orders_changed();
         self.instance_view(&name).await
-    }
-
-    /// Copies an instance, as it was at a checkpoint, on the host where it is.
-    pub(crate) async fn clone_instance(&self, name: &Name, request: CloneRequest) -> Answer<Vec<InstanceView>> {
-        let row = self.row(name).await?;
-        let seen = row.observed.as_ref().filter(|seen| seen.generation == row.spec.generation);
-        let known = seen.is_some_and(|seen| seen.checkpoints.iter().any(|kept| kept.id == request.checkpoint));
-        if !known {
-            return Err(Failure::missing(format!("{name} has no checkpoint {}", request.checkpoint.0)));
-        }
-        if request.names.is_empty() || request.names.len() > MOST_CLONES {
-            return Err(Failure::invalid(format!("1 to {MOST_CLONES} clones can be made at once")));
-        }
-        if request.names.len() > 1 && !request.ports.is_empty() {
-            return Err(Failure::invalid("a port can only be published for one clone"));
-        }
-        let version = self.database().version(&row.spec.version).await?;
-        let manifest = version.as_ref().map(manifest_of).transpose()?;
-        let manifest = manifest.ok_or_else(|| Failure::internal("the instance's version is not published any more"))?;
-        check_ports(&request.ports, &manifest, &row.host, &self.database().instances().await?)?;
-        let mut views = Vec::new();
-        for clone in request.names {
-            self.has_room(&InstanceRow { spec: Spec { ports: vec![], ..row.spec.clone() }, ..row.clone() }, &row.host)
-                .await?;
-            let origin = Origin { instance: row.spec.id.clone(), checkpoint: request.checkpoint };
-            let spec = Spec {
-                id: InstanceId::from_random(random_id()?),
-                name: clone.clone(),
-                generation: Generation(1),
-                on: true,
-                power_serial: 1,
-                ports: request.ports.clone(),
-                arrival: None,
-                origin: Some(origin),
-                ..row.spec.clone()
-            };
-            let new = InstanceRow { spec, observed: None, failed: Vec::new(), ..row.clone() };
-            if !self.database().insert_instance(&new).await? {
-                return Err(Failure::conflict(format!("the name \"{clone}\" is taken; choose another")));
-            }
-            self.orders_changed();
-            views.push(self.instance_view(&clone).await?);
-        }
-        Ok(views)
     }
 
     async fn choose_host(
@@ -392,7 +346,12 @@ fn checked_words(why: Option<String>) -> Answer<Option<String>> {
     }
 }
 
-fn check_ports(ports: &[PublishedPort], manifest: &Manifest, host: &Name, instances: &[InstanceRow]) -> Answer<()> {
+pub(crate) fn check_ports(
+    ports: &[PublishedPort],
+    manifest: &Manifest,
+    host: &Name,
+    instances: &[InstanceRow],
+) -> Answer<()> {
     for (index, port) in ports.iter().enumerate() {
         if !manifest.ports.iter().any(|offered| offered.guest == port.guest) {
             let offered: Vec<_> = manifest.ports.iter().map(|p| format!("{} ({})", p.guest, p.name)).collect();

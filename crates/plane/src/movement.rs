@@ -1,13 +1,18 @@
-//! An instance that does not run changes its host. The plane's database is the only arbiter: one write makes another host
+//! An instance is copied, or, while it does not run, changes its host. The plane's database is the only arbiter: one write makes another host
 //! the owner and counts the ownership, and whatever the old one says or does from then on counts for nothing.
 
-use collective_api::{Backup, MoveRequest, OperationView};
-use collective_model::{Generation, InstanceId, Name, Observed, Operation, OperationId, OperationKind, State};
+use collective_api::{Backup, CloneRequest, InstanceView, MoveRequest, OperationView};
+use collective_model::{
+    Generation, InstanceId, Name, Observed, Operation, OperationId, OperationKind, Origin, Spec, State,
+};
 
 use crate::Plane;
 use crate::database::InstanceRow;
-use crate::instances::random_id;
+use crate::instances::{check_ports, manifest_of, random_id};
 use crate::problem::{Answer, Failure};
+
+/// Clones made at once.
+const MOST_CLONES: usize = 100;
 
 impl Plane {
     /// Gives an instance that is suspended or stopped, and in the store, to another host.
@@ -73,6 +78,50 @@ impl Plane {
             })?;
         }
         Ok(())
+    }
+
+    /// Copies an instance, as it was at a checkpoint, on the host where it is.
+    pub(crate) async fn clone_instance(&self, name: &Name, request: CloneRequest) -> Answer<Vec<InstanceView>> {
+        let row = self.row(name).await?;
+        let seen = row.observed.as_ref().filter(|seen| seen.generation == row.spec.generation);
+        let known = seen.is_some_and(|seen| seen.checkpoints.iter().any(|kept| kept.id == request.checkpoint));
+        if !known {
+            return Err(Failure::missing(format!("{name} has no checkpoint {}", request.checkpoint.0)));
+        }
+        if request.names.is_empty() || request.names.len() > MOST_CLONES {
+            return Err(Failure::invalid(format!("1 to {MOST_CLONES} clones can be made at once")));
+        }
+        if request.names.len() > 1 && !request.ports.is_empty() {
+            return Err(Failure::invalid("a port can only be published for one clone"));
+        }
+        let version = self.database().version(&row.spec.version).await?;
+        let manifest = version.as_ref().map(manifest_of).transpose()?;
+        let manifest = manifest.ok_or_else(|| Failure::internal("the instance's version is not published any more"))?;
+        check_ports(&request.ports, &manifest, &row.host, &self.database().instances().await?)?;
+        let mut views = Vec::new();
+        for clone in request.names {
+            self.has_room(&InstanceRow { spec: Spec { ports: vec![], ..row.spec.clone() }, ..row.clone() }, &row.host)
+                .await?;
+            let origin = Origin { instance: row.spec.id.clone(), checkpoint: request.checkpoint };
+            let spec = Spec {
+                id: InstanceId::from_random(random_id()?),
+                name: clone.clone(),
+                generation: Generation(1),
+                on: true,
+                power_serial: 1,
+                ports: request.ports.clone(),
+                arrival: None,
+                origin: Some(origin),
+                ..row.spec.clone()
+            };
+            let new = InstanceRow { spec, observed: None, failed: Vec::new(), ..row.clone() };
+            if !self.database().insert_instance(&new).await? {
+                return Err(Failure::conflict(format!("the name \"{clone}\" is taken; choose another")));
+            }
+            self.orders_changed();
+            views.push(self.instance_view(&clone).await?);
+        }
+        Ok(views)
     }
 
     /// What `host` does not have any more, because another has it and says so.

@@ -1,0 +1,98 @@
+//! What a record keeps of machines: suspended, kept, being saved.
+
+use collective_model::{Checkpoint, CheckpointId, CheckpointMachine, Digest, OperationId, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use super::{CheckpointRecord, DiskRecord, Record};
+
+/// A machine that stands still, and its disks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SuspendedRecord {
+    /// Memory and devices.
+    pub machine: MachineRecord,
+    /// The disks as they were; all layers in it are frozen.
+    pub disks: Vec<DiskRecord>,
+}
+
+/// Memory and devices of one instant.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineRecord {
+    /// Layers of its memory, oldest first. The file with the rest has the number of the last one.
+    pub memory: Vec<u64>,
+    /// That file's digest.
+    pub digest: Digest,
+    /// Names the instant, for ever.
+    pub epoch: String,
+    /// MiB of memory.
+    pub memory_mib: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// What users see of it.
+    pub info: CheckpointMachine,
+}
+
+/// An order to save the machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SaveJournal {
+    /// The order it is part of.
+    pub operation: OperationId,
+    /// Names the instant, for ever.
+    pub epoch: String,
+    /// The layer of memory, which also names the order to the runner.
+    pub number: u64,
+    /// Why, in the timeline; none: it ends the machine.
+    pub why: Option<String>,
+    /// The disks as they are at that instant; the present ones have a new layer each.
+    pub disks: Vec<DiskRecord>,
+}
+
+impl Record {
+    /// A new layer on each disk; they are created by whoever is told of them.
+    pub fn push_layers(&mut self) -> Vec<u64> {
+        let first = self.next_layer;
+        self.next_layer += self.disks.len() as u64;
+        let new: Vec<u64> = (first..self.next_layer).collect();
+        self.disks.iter_mut().zip(&new).for_each(|(disk, layer)| disk.layers.push(*layer));
+        new
+    }
+
+    /// Takes layers away that nobody created.
+    pub fn drop_layers(&mut self, is_there: &dyn Fn(u64) -> bool, among: &[u64]) {
+        for disk in &mut self.disks {
+            disk.layers.retain(|layer| !among.contains(layer) || is_there(*layer));
+        }
+    }
+
+    /// The disks of the saved machine, each under a new layer.
+    pub fn prepare_resume(&mut self) {
+        let Some(suspended) = &self.suspended else { return };
+        self.disks = suspended.disks.clone();
+        for index in 0..self.disks.len() {
+            let layer = self.new_layer();
+            self.disks[index].layers.push(layer);
+        }
+    }
+
+    /// Keeps a machine that was saved, with the disks of that instant.
+    pub fn keep_machine(
+        &mut self,
+        why: String,
+        disks: Vec<DiskRecord>,
+        machine: MachineRecord,
+        own_bytes: u64,
+    ) -> CheckpointId {
+        let id = CheckpointId(self.next_checkpoint);
+        self.next_checkpoint += 1;
+        let info = Checkpoint {
+            id,
+            taken: Timestamp::now(),
+            why,
+            version: self.version,
+            version_name: self.version_name(),
+            own_bytes,
+            machine: Some(machine.info.clone()),
+        };
+        self.keep(CheckpointRecord { info, before_update: false, disks, machine: Some(machine) });
+        id
+    }
+}
