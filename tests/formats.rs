@@ -119,7 +119,7 @@ macro_rules! formats {
     };
 }
 
-formats!(delta disk frame hashes image layer manifest ovf pack page recipe signed sparse tail trace);
+formats!(delta disk frame hashes image layer machine manifest ovf pack page recipe signed sparse tail trace);
 
 /// `cargo test -p collective --test formats -- --ignored` after a format has changed. What was found by fuzzing stays.
 #[test]

@@ -11,20 +11,21 @@ mod text;
 pub use disk::{disk, shortened};
 pub use image::{image, page};
 pub use pack::{delta, frame, hashes, pack, tail, trace};
-pub use stream::{layer, sparse};
+pub use stream::{layer, machine, sparse};
 pub use text::{manifest, ovf, recipe, signed};
 
 /// A target's function.
 pub type Target = fn(&[u8]);
 
 /// All targets by their names, and how many inputs an ordinary test run gives them: those that write files are slower.
-pub const TARGETS: [(&str, Target, u64); 15] = [
+pub const TARGETS: [(&str, Target, u64); 16] = [
     ("delta", delta, 25_000),
     ("disk", disk, 4000),
     ("frame", frame, 50_000),
     ("hashes", hashes, 100_000),
     ("image", image, 1200),
     ("layer", layer, 1000),
+    ("machine", machine, 100_000),
     ("manifest", manifest, 80_000),
     ("ovf", ovf, 80_000),
     ("pack", pack, 100_000),

@@ -1,12 +1,20 @@
-//! A disk on its way, and the map and the log of a layer.
+//! A disk on its way, the map and the log of a layer, and the rest of a machine at rest.
 
 use std::os::unix::fs::FileExt;
 
 use collective_model::Digest;
 use collective_store::sparse::{read_into, write_end, write_part};
+use collective_vmm::MachineState;
 use collective_volume::Layer;
 
 use super::{block_on, folder, number};
+
+/// What a machine is beside memory and disks.
+pub fn machine(data: &[u8]) {
+    if let Ok(state) = MachineState::decode(data) {
+        assert_eq!(MachineState::decode(&state.encode()), Ok(state), "what was read is what is written");
+    }
+}
 
 /// A disk as a stream, after its size.
 pub fn sparse(data: &[u8]) {

@@ -154,6 +154,17 @@ fn streams() -> Vec<Example> {
     let short = [&8192u32.to_le_bytes()[..3], &4096u64.to_le_bytes(), &3u32.to_le_bytes(), b"abc"].concat();
     let short = [&short[..], &8192u64.to_le_bytes(), &[0; 4]].concat();
     let mut examples = vec![("sparse", "records".to_owned(), stream), ("sparse", "short".to_owned(), short)];
+    for (name, header, rest) in [
+        (
+            "two",
+            r#"{"blocks":[{"length":3,"name":"pc.bios"},{"length":0,"name":"pc.rom"}],"devices":5}"#,
+            &b"QEVM-abc"[..],
+        ),
+        ("none", r#"{"blocks":[],"devices":0}"#, b""),
+    ] {
+        let head = [&b"CLMS\x01\0\0\0"[..], &(header.len() as u32).to_le_bytes()].concat();
+        examples.push(("machine", name.to_owned(), [&head[..], header.as_bytes(), rest].concat()));
+    }
     // The first flush of the odd one is too large for a record.
     for (name, size, hole) in [("small", 1u64 << 20, 30), ("odd", (40 << 20) + 512, 300)] {
         let folder = tempfile::tempdir().unwrap();

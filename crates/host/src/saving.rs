@@ -7,7 +7,7 @@
 //! ```
 //! Layers are in the record before anybody writes to them, and one that is empty changes nothing. So it does not matter at
 //! which step a daemon dies: the next one asks the runner how it went, or finds how it ended, and drops what was not
-//! created. A machine that goes on leaves what was saved as it is, and users are let in only after the record says that it
+//! created. An order is given until it was taken or refused: one that is merely late must not find its layers forgotten. A machine that goes on leaves what was saved as it is, and users are let in only after the record says that it
 //! runs: what is saved is gone on with once, or again if nobody has seen it run.
 
 use std::path::PathBuf;
@@ -72,25 +72,29 @@ impl Instance {
         let number = self.record.reserve_layer();
         let epoch = format!("{id}-{number}");
         let disks = self.record.disks.clone();
-        let tops = if ends { Vec::new() } else { self.record.push_layers() };
-        self.record.save = Some(SaveJournal { operation: id.clone(), epoch: epoch.clone(), number, why, disks });
-        self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
-        let order = SaveOrder {
-            number,
-            epoch,
-            memory: layer_path(&self.folder, number),
-            state: state_path(&self.folder, number),
-            tops: tops.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
-            screen: Some(screen_path(&self.folder, number)),
-        };
-        let asked = link::ask(&self.run_dir, &Request::Save(order)).await;
-        if let Err(LinkError::Refused(why)) = asked {
-            return self.not_saved(why);
+        if !ends {
+            self.record.push_layers();
         }
+        self.record.save = Some(SaveJournal { operation: id.clone(), epoch, number, why, disks });
+        self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         self.await_save().await
     }
 
-    /// Waits for the outcome of the order in the journal.
+    /// What the runner is to do for the journal. Told again it does nothing more.
+    fn order_of(&self, journal: &SaveJournal) -> SaveOrder {
+        let tops = self.record.disks.iter().filter_map(|disk| disk.layers.last());
+        let tops = tops.map(|layer| layer_path(&self.folder, *layer));
+        SaveOrder {
+            number: journal.number,
+            epoch: journal.epoch.clone(),
+            memory: layer_path(&self.folder, journal.number),
+            state: state_path(&self.folder, journal.number),
+            tops: if journal.why.is_some() { tops.collect() } else { Vec::new() },
+            screen: Some(screen_path(&self.folder, journal.number)),
+        }
+    }
+
+    /// Tells the runner what the journal says, and waits for the outcome.
     async fn await_save(&mut self) -> Result<(), String> {
         loop {
             let Some(journal) = self.record.save.clone() else { return Ok(()) };
@@ -118,9 +122,13 @@ impl Instance {
                     // Its end comes next.
                     Some(Ok(_)) => {}
                 },
-                // The order did not reach it.
-                None if self.status.is_some() => return self.not_saved("its runner was not told".into()),
-                None => {}
+                // An order that was lost, or was not given before we died, is given again; it may also just be slow to read.
+                None => {
+                    let order = Request::Save(self.order_of(&journal));
+                    if let Err(LinkError::Refused(why)) = link::ask(&self.run_dir, &order).await {
+                        return self.not_saved(why);
+                    }
+                }
             }
             sleep(ASK_EVERY).await;
         }

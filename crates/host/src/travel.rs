@@ -56,6 +56,7 @@ impl Instance {
             hashes: hashes.clone(),
             disks: self.record.disks.iter().map(|disk| disk.name.clone()).collect(),
             whole: Some(WholeOrder {
+                version: self.record.version,
                 memory: machine.iter().flat_map(|m| &m.memory).map(|layer| layer_path(&self.folder, *layer)).collect(),
                 memory_size: machine.as_ref().map_or(0, |machine| machine.memory_mib << 20),
                 files: self.files(machine.as_ref()),
@@ -73,7 +74,13 @@ impl Instance {
             cpus: machine.cpus,
             info: machine.info,
         });
-        let what = |disk: &DiskRecord| WholeDisk { role: disk.role, writes: disk.writes, image: disk.image.clone() };
+        let version = self.record.version;
+        let what = |disk: &DiskRecord| WholeDisk {
+            role: disk.role,
+            writes: disk.writes,
+            // A data disk may have begun with an image of an older version, which is not kept for its sake.
+            image: disk.image.clone().filter(|image| image.version == version),
+        };
         let whole = Whole {
             disks: self.record.disks.iter().map(what).collect(),
             machine,

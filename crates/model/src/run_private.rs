@@ -49,6 +49,8 @@ pub enum PrivateOrder {
 /// What belongs to an instance beside its disks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WholeOrder {
+    /// The version that the instance has. What disks have of its images stays there: no other version is sure to be kept.
+    pub version: Digest,
     /// Layers of its memory, oldest first; empty: it has none.
     pub memory: Vec<PathBuf>,
     /// The memory's size in bytes.

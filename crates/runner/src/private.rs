@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use collective_disk::ReadAt;
-use collective_model::run::RunConfig;
+use collective_model::run::{RunConfig, RunDisk};
 use collective_model::run_private::{PrivateNews, PrivateOrder, RunPack, StoredDisk, StoredFile, WholeOrder};
 use collective_model::{Digest, InstanceId, Name};
 use collective_store::cache::Cache;
@@ -98,9 +98,15 @@ pub(crate) async fn carry_out(
             let mut known = recall(vault.as_ref(), &known, &hashes, &seal).await?;
             let memory = whole.as_ref().map(|whole| open_memory(whole, &store)).transpose()?.flatten();
             let (out, handle) = (out.clone(), Handle::current());
+            let is_theirs = |disk: &&RunDisk| {
+                let version = disk.image.as_ref().map(|image| image.version);
+                version.is_some() && version == whole.as_ref().map(|whole| whole.version)
+            };
+            let theirs: Vec<Name> = config.disks.iter().filter(is_theirs).map(|disk| disk.name.clone()).collect();
             let back_up = move || {
-                if whole.is_some() {
-                    let images = disks.iter().filter_map(|(_, disk)| disk.image());
+                if !theirs.is_empty() {
+                    let images = disks.iter().filter(|(name, _)| theirs.contains(name));
+                    let images = images.filter_map(|(_, disk)| disk.image());
                     let frames: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
                     known.learn_elsewhere(&at_hand(store.cache(), &frames, &seal).map_err(|e| e.to_string())?);
                 }

@@ -32,7 +32,7 @@ pub use checkpoint::Resume;
 pub use event::{Event, EventReceiver, Exit, ExitReason, RunState};
 pub use guard::{Denial, GuardError, GuardPolicy, HostView, Transport, decide};
 pub use machine::{Display, Drive, Firmware, InvalidMachine, Machine, Nic, Outbound};
-pub use memory::GuestMemory;
+pub use memory::{GuestMemory, tracks_writes};
 pub use qemu::{QemuError, QemuInfo, find_qemu};
 pub use qmp::QmpError;
 pub use run_dir::RunDirError;

@@ -119,14 +119,27 @@ fn make(path: &Path, size: u64) -> io::Result<()> {
     let map = create(&map_path(path))?;
     Backing::write_at(&map, &map::header(size), 0)?;
     map.set_len(map::length(size))?;
+    reserve(&map, 0, map::length(size))?;
     map.sync_all()?;
     let part = suffixed(path, ".part");
     let data = create(&part)?;
     data.set_len(log::end(size))?;
+    reserve(&data, log::start(size), log::end(size) - log::start(size))?;
     data.sync_all()?;
     folder.sync_all()?;
     std::fs::rename(&part, path)?;
     folder.sync_all()
+}
+
+/// Takes the space that flushes need. A write that finds the host's disk full is repeated when there is space again; of a
+/// flush that failed QEMU believes that the disk is lost, and never asks again.
+fn reserve(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    use rustix::io::Errno;
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), offset, length) {
+        // Not every file system can.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()),
+        done => Ok(done?),
+    }
 }
 
 /// Makes room for a log, and for more blocks. Every record is in the map by now. The header comes last, so that at any
@@ -287,7 +300,15 @@ impl Layer {
             fixed.next = new.clone();
             let needed = !new.is_empty() || !fixed.newest.is_empty();
             drop((bits, fixed));
-            self.log(flushing, &new, needed)
+            match self.log(flushing, &new, needed) {
+                // A log that grew with its disk may find no space. The map may have it.
+                Err(_) if !flushing.lost => {
+                    self.fixed().next = Blocks::default();
+                    let pages = lock(&self.bits).take_changed();
+                    self.fold(flushing, pages)
+                }
+                logged => logged,
+            }
         } else {
             let pages = bits.take_changed();
             drop((bits, fixed));

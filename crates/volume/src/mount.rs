@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
@@ -17,6 +18,8 @@ use crate::Disk;
 
 /// Attributes never change while mounted.
 const TTL: Duration = Duration::from_secs(3600);
+/// Answer the kernel. One of them may wait for the host's disk; two are left for all who read and write.
+const THREADS: usize = 3;
 const PUNCH_HOLE: i32 = 0x02;
 const ZERO_RANGE: i32 = 0x10;
 const KEEP_SIZE: i32 = 0x01;
@@ -52,9 +55,9 @@ impl Mount {
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("collective".into()), MountOption::NoSuid, MountOption::NoDev];
         config.acl = if owner.is_some() { SessionACL::All } else { SessionACL::Owner };
-        config.n_threads = Some(2);
+        config.n_threads = Some(THREADS);
         let ours = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        let disks = Disks { files, owner: owner.unwrap_or(ours), runtime };
+        let disks = Disks { files, owner: owner.unwrap_or(ours), runtime, flushing: AtomicBool::new(false) };
         let session = Session::new(disks, path, &config).and_then(Session::spawn);
         let session = session.map_err(|source| MountError { path: path.to_owned(), source })?;
         Ok(Self { session: Some(session) })
@@ -70,6 +73,8 @@ struct Disks {
     files: Vec<File>,
     owner: (u32, u32),
     runtime: Handle,
+    /// One of the threads waits for a flush.
+    flushing: AtomicBool,
 }
 
 fn errno(error: &io::Error) -> Errno {
@@ -197,10 +202,17 @@ impl Filesystem for Disks {
 
     fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         let Some(disk) = self.disk(ino).cloned() else { return reply.error(Errno::ENOENT) };
-        self.runtime.spawn_blocking(move || match disk.flush() {
+        let flush = move || match disk.flush() {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(errno(&error)),
-        });
+        };
+        // Handing it to another thread takes as long as many a flush.
+        if self.flushing.swap(true, Ordering::AcqRel) {
+            self.runtime.spawn_blocking(flush);
+        } else {
+            flush();
+            self.flushing.store(false, Ordering::Release);
+        }
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {

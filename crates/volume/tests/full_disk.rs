@@ -50,9 +50,8 @@ fn a_full_disk_fails_writes_and_loses_nothing() {
     let (written, error) = failed.expect("2 MiB do not hold 64");
     assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::NOSPC.raw_os_error()), "QEMU pauses the guest at this");
     assert!(written > 20, "{written}");
-    // The map has no room either: a flush must not say that it worked.
-    let error = disk.flush().unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::NOSPC.raw_os_error()));
+    // What a flush needs was taken when the layer was made: QEMU gives a disk up whose flush has failed once.
+    disk.flush().unwrap();
     let check = |disk: &Disk, from: u64| {
         for i in from..written {
             assert!(disk.try_read(i * step, step as usize).unwrap().unwrap() == chunk(i), "chunk {i}");

@@ -44,7 +44,7 @@ impl Check {
 
 impl Doctor {
     pub async fn run(self, ui: &Ui) -> Result<ExitCode> {
-        let mut checks = vec![qemu().await, accelerator().await?, fuse(), user()];
+        let mut checks = vec![qemu().await, accelerator().await?, fuse(), checkpoints(), user()];
         checks.extend([
             tool("qemu-img", "--version", "publishes disks in other formats than raw", "apt install qemu-utils"),
             tool("mmdebstrap", "--version", "builds appliances from Debian packages", "apt install mmdebstrap"),
@@ -101,6 +101,14 @@ fn fuse() -> Check {
         Ok(_) => Check::new("fuse", Verdict::Fine, "/dev/fuse opens, fusermount3 is there", remedy),
         Err(_) if root => Check::new("fuse", Verdict::Fine, "/dev/fuse opens; root needs no fusermount3", remedy),
         Err(error) => Check::new("fuse", Verdict::Broken, format!("fusermount3 cannot be run: {error}"), remedy),
+    }
+}
+
+fn checkpoints() -> Check {
+    let remedy = "checkpoints work, and a guest stands still while all its memory is copied";
+    match collective_vmm::tracks_writes() {
+        Ok(()) => Check::new("checkpoints", Verdict::Fine, "a guest stands still for milliseconds", remedy),
+        Err(why) => Check::new("checkpoints", Verdict::Worse, why, remedy),
     }
 }
 

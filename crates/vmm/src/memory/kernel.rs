@@ -128,7 +128,9 @@ pub(super) fn write(process: u32, address: u64, content: &[u8]) -> io::Result<()
 }
 
 fn copy(process: u32, pieces: &[(u64, usize)], base: *mut u8, length: usize, out: bool) -> io::Result<()> {
-    assert_eq!(pieces.iter().map(|piece| piece.1).sum::<usize>(), length, "the buffer fits the pieces");
+    if pieces.iter().map(|piece| piece.1).sum::<usize>() != length {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     let mut done = 0;
     for pieces in pieces.chunks(PIECES) {
         let mut remote: Vec<libc::iovec> = pieces
@@ -142,7 +144,7 @@ fn copy(process: u32, pieces: &[(u64, usize)], base: *mut u8, length: usize, out
                 continue;
             }
             let wanted = remote.iter().map(|piece| piece.iov_len).sum();
-            // SAFETY: `done + wanted` is within the `length` bytes at `base`, as asserted above; they are ours to
+            // SAFETY: `done + wanted` is within the `length` bytes at `base`, as checked above; they are ours to
             // read, and to write where `out` is false. Remote addresses are checked by the kernel.
             let copied = unsafe {
                 let local = libc::iovec { iov_base: base.add(done).cast(), iov_len: wanted };

@@ -71,6 +71,17 @@ impl GuestMemory {
     }
 }
 
+/// Whether this host can tell which pages a guest writes; the error says why not.
+pub fn tracks_writes() -> Result<(), String> {
+    let scan = File::open("/proc/self/pagemap").and_then(|map| kernel::own_pages(&map, 0..kernel::PAGE, false, false));
+    scan.map_err(|error| format!("the kernel cannot say which pages were written ({error}); it takes Linux 6.7"))?;
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
+    match scope.trim() {
+        "2" | "3" => Err("processes may not look into their children (kernel.yama.ptrace_scope is above 1)".into()),
+        _ => Ok(()),
+    }
+}
+
 /// Copies from QEMU's own memory.
 pub(crate) fn read_at(process: u32, address: u64, length: usize) -> io::Result<Vec<u8>> {
     let mut content = vec![0; length];
@@ -81,4 +92,60 @@ pub(crate) fn read_at(process: u32, address: u64, length: usize) -> io::Result<V
 /// Writes to QEMU's own memory.
 pub(crate) fn write_at(process: u32, address: u64, content: &[u8]) -> io::Result<()> {
     kernel::write(process, address, content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: u64 = 64;
+
+    /// Memory that nobody has touched, for as long as the process lives.
+    fn fresh() -> (u64, &'static mut [u8]) {
+        let length = (PAGES * kernel::PAGE) as usize;
+        let (rights, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new anonymous mapping, which nobody else knows and nobody takes away; all zeros is a sound slice of bytes.
+        unsafe {
+            let start = libc::mmap(std::ptr::null_mut(), length, rights, kind, -1, 0);
+            assert_ne!(start, libc::MAP_FAILED);
+            (start as u64, std::slice::from_raw_parts_mut(start.cast(), length))
+        }
+    }
+
+    #[test]
+    fn both_ways_find_the_pages_that_were_written() {
+        let (start, memory) = fresh();
+        for page in [3, 4, 9] {
+            memory[page * kernel::PAGE as usize] = 1;
+        }
+        let at = |page: u64| start + page * kernel::PAGE;
+        let map = File::open("/proc/self/pagemap").unwrap();
+        let expected = [at(3)..at(5), at(9)..at(10)];
+        assert_eq!(kernel::own_pages_plain(&map, at(0)..at(PAGES)).unwrap(), expected);
+        assert_eq!(kernel::own_pages(&map, at(0)..at(PAGES), false, false).unwrap(), expected);
+        let mut copy = vec![1; 2 * kernel::PAGE as usize];
+        let process = std::process::id();
+        kernel::read(process, &[(at(4), 4096), (at(9), 4096)], &mut copy).unwrap();
+        assert_eq!((copy[0], copy[1], copy[4096]), (1, 0, 1));
+        assert!(kernel::read(process, &[(8, 4096)], &mut copy[..4096]).is_err(), "nothing is there");
+        assert!(kernel::read(process, &[(at(4), 4096)], &mut copy).is_err(), "the buffer is too long");
+    }
+
+    #[test]
+    fn without_the_kernels_help_every_answer_has_all_pages() {
+        let (start, memory) = fresh();
+        memory[0] = 7;
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let (process, size) = (std::process::id(), PAGES * kernel::PAGE);
+        let untracked = Some("as before Linux 6.7".to_owned());
+        let mut guest = GuestMemory { process, pagemap, start, size, untracked, all: true };
+        for _ in 0..2 {
+            let found = guest.changed().unwrap();
+            assert_eq!(found, std::slice::from_ref(&(0..kernel::PAGE)));
+            let mut page = vec![0; 4096];
+            guest.read(&found, &mut page).unwrap();
+            assert_eq!(page[0], 7);
+        }
+        assert_eq!(guest.untracked(), Some("as before Linux 6.7"));
+    }
 }
