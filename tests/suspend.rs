@@ -479,6 +479,15 @@ fn clones_go_on_beside_each_other() {
     for name in ["many-1", "many-2"] {
         fleet.wait(name, "healthy");
     }
+    // They have the same files, even where nothing else keeps these any more.
+    let kept = fleet.json(&["timeline", "one"]).as_array().unwrap().last().unwrap()["id"].to_string();
+    fleet.ok(&["checkpoint", "one", "--forget", &kept]);
+    fleet.ok(&["start", "one"]);
+    one.answers();
+    one.put("/notes/later", "of one alone");
+    fleet.ok(&["clone", "many-1", "--name", "looked-at", "--publish", &format!("{}:80", guest.port)]);
+    assert_eq!(guest.get("/notes/shared"), "before");
+    assert_eq!(guest.request("GET", "/notes/later", "").unwrap().0, 404);
     let error = fleet.fails(&["clone", "one", "--name", "many-1"]);
     assert!(error.contains("taken"), "{error}");
     let error = fleet.fails(&["clone", "one", "--checkpoint", "99"]);

@@ -39,7 +39,6 @@ impl Instance {
         // Otherwise nothing would keep the layers as they are, and other instances have them too.
         record.checkpoints = vec![CheckpointRecord { before_update: false, ..kept.clone() }];
         record.next_checkpoint = info.id.0 + 1;
-        record.in_store = None;
         self.set_state(if self.record.suspended.is_some() { State::Suspended } else { State::Stopped });
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         self.event("cloned", format!("a copy of {} as it was at checkpoint {}", other.spec.name, info.id.0));

@@ -15,7 +15,7 @@ use collective_model::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use machine::{MachineRecord, SaveJournal, SuspendedRecord};
+pub use machine::{MachineRecord, SaveJournal, StoredRecord, SuspendedRecord};
 
 /// Finished operations that are remembered, so that a repeated order is answered and not carried out again.
 const REMEMBERED: usize = 32;
@@ -42,9 +42,9 @@ pub struct Record {
     /// The machine that was saved, while the instance is suspended or about to go on.
     #[serde(default)]
     pub suspended: Option<SuspendedRecord>,
-    /// Where in the store what it is now lies; none while it runs.
+    /// What of it was put into the store last; none while it runs. See [`Record::in_store`].
     #[serde(default)]
-    pub in_store: Option<BackupId>,
+    pub stored: Option<StoredRecord>,
     /// What of [`Spec::arrival`] was brought here.
     #[serde(default)]
     pub arrived: Option<BackupId>,
@@ -125,7 +125,6 @@ pub struct UpdateJournal {
 impl Record {
     /// A new instance.
     pub fn new(spec: Spec, user_index: u32) -> Self {
-        let spec_arrival = spec.arrival.clone();
         Self {
             version: spec.version,
             spec,
@@ -135,7 +134,7 @@ impl Record {
             checkpoints: Vec::new(),
             update: None,
             suspended: None,
-            in_store: spec_arrival,
+            stored: None,
             arrived: None,
             memory: Vec::new(),
             save: None,
@@ -221,7 +220,8 @@ impl Record {
 
     /// Gives every disk a top layer that nothing else holds, forgets what is not to be kept, and grows what was
     /// enlarged.
-    pub fn prepare_start(&mut self) {
+    /// A layer that `is_shared` with another instance stays as it is too.
+    pub fn prepare_start(&mut self, is_shared: &dyn Fn(u64) -> bool) {
         for index in 0..self.disks.len() {
             let disk = &mut self.disks[index];
             let forgetful = disk.role == DiskRole::Scratch
@@ -233,7 +233,7 @@ impl Record {
                 disk.size = disk.size.max(size.0);
             }
             let top = disk.layers.last().copied();
-            if top.is_none_or(|top| self.is_frozen(top)) {
+            if top.is_none_or(|top| self.is_frozen(top) || is_shared(top)) {
                 let layer = self.new_layer();
                 self.disks[index].layers.push(layer);
             }
@@ -378,7 +378,7 @@ mod tests {
         };
         let mut record = Record::new(spec, 0);
         record.adopt_version(&manifest("1"), Digest::of(b"1"));
-        record.prepare_start();
+        record.prepare_start(&|_| false);
         record
     }
 
@@ -390,7 +390,7 @@ mod tests {
     fn a_restart_keeps_system_and_data_and_forgets_scratch() {
         let mut record = record();
         assert_eq!(layers(&record), [[1], [2], [3]]);
-        record.prepare_start();
+        record.prepare_start(&|_| false);
         assert_eq!(layers(&record), [[1], [2], [4]]);
     }
 
@@ -399,7 +399,7 @@ mod tests {
         let mut record = record();
         let before = record.checkpoint("before update to 2".into(), true, &|_| 5);
         record.adopt_version(&manifest("2"), Digest::of(b"2"));
-        record.prepare_start();
+        record.prepare_start(&|_| false);
         assert_eq!(
             layers(&record),
             [vec![4], vec![2, 5], vec![6]],
@@ -412,7 +412,7 @@ mod tests {
         let mut system_only = record.clone();
         system_only.checkpoint("before rollback".into(), false, &|_| 0);
         system_only.restore(&target, false);
-        system_only.prepare_start();
+        system_only.prepare_start(&|_| false);
         assert_eq!(layers(&system_only)[..2], [vec![1, 7], vec![2, 5, 8]]);
         assert_eq!(system_only.version, Digest::of(b"1"));
         assert!(system_only.rollback_target(false).is_none(), "there is no older version");
@@ -420,9 +420,38 @@ mod tests {
 
         record.checkpoint("failed".into(), false, &|_| 0);
         record.restore(&target, true);
-        record.prepare_start();
+        record.prepare_start(&|_| false);
         assert_eq!(layers(&record)[..2], [vec![1, 7], vec![2, 8]], "data as before the update");
         assert!(record.held_layers().contains(&5), "the failed side is kept");
+    }
+
+    #[test]
+    fn what_is_in_the_store_is_what_it_is_now_or_nothing() {
+        let mut record = record();
+        let backup: BackupId = "7".repeat(32).parse().unwrap();
+        record.note_stored(backup.clone());
+        assert_eq!(record.in_store(), Some(&backup));
+        let before = record.clone();
+        record.put_data(&"data".parse().unwrap(), 1 << 20, 99);
+        assert_eq!(record.in_store(), None, "a backup was restored since");
+        let mut restored = before.clone();
+        let target = restored.checkpoint("x".into(), true, &|_| 0);
+        restored.prepare_start(&|_| false);
+        let target = restored.checkpoints.iter().find(|kept| kept.info.id == target).unwrap().clone();
+        assert_eq!(restored.in_store(), None);
+        restored.restore(&target, true);
+        assert_eq!(restored.in_store(), Some(&backup), "it is what was stored again");
+        let mut moved = before;
+        let arrival: BackupId = "8".repeat(32).parse().unwrap();
+        moved.spec.arrival = Some(arrival.clone());
+        assert_eq!(moved.in_store(), Some(&arrival), "what is to arrive counts, and not what is left here");
+    }
+
+    #[test]
+    fn a_layer_that_another_instance_has_too_is_not_written_to() {
+        let mut record = record();
+        record.prepare_start(&|layer| layer == 2);
+        assert_eq!(layers(&record)[..2], [vec![1], vec![2, 4]]);
     }
 
     #[test]

@@ -127,7 +127,7 @@ impl Instance {
             power_serial: record.power_serial,
             checkpoints: record.checkpoints.iter().map(|checkpoint| checkpoint.info.clone()).collect(),
             suspended: record.suspended.as_ref().map(|suspended| suspended.machine.info.clone()),
-            in_store: record.in_store.clone(),
+            in_store: record.in_store().cloned(),
             arrived: record.arrived.clone(),
             resumed: status.resumed,
             observed_at: Timestamp::now(),

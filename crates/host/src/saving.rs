@@ -213,7 +213,6 @@ impl Instance {
             Ok(machine) => {
                 let bytes = collective_model::ByteSize(machine.info.bytes);
                 self.record.memory.clear();
-                self.record.in_store = None;
                 self.record.suspended = Some(SuspendedRecord { machine, disks });
                 self.set_state(State::Suspended);
                 self.event("suspended", format!("suspended; its memory and devices took {bytes} more"));
@@ -383,7 +382,6 @@ impl Instance {
                 *disk = now.clone();
             }
         }
-        self.record.in_store = None;
         self.record.version = target.info.version;
         self.record.version_name = Some(target.info.version_name.clone());
         let machine = target.machine.filter(|_| !disks_only);

@@ -1,5 +1,6 @@
 //! From a record to a runner: everything that has to be in its place before a machine is started.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use collective_keys::SshKey;
@@ -32,12 +33,16 @@ impl Instance {
         check_memory(memory.0)?;
         let resume = self.record.state == State::Resuming;
         // From here on it is more than the store has.
-        self.record.in_store = None;
+        self.record.stored = None;
         if resume {
             self.record.prepare_resume();
         } else {
             self.record.memory.clear();
-            self.record.prepare_start();
+            let folder = self.folder.clone();
+            // A clone has the same files: hard links.
+            self.record.prepare_start(&|layer| {
+                std::fs::metadata(layer_path(&folder, layer)).is_ok_and(|found| found.nlink() > 1)
+            });
         }
         self.drop_unheld_layers().map_err(|e| format!("cannot tidy its layers: {e}"))?;
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
@@ -176,7 +181,6 @@ impl Instance {
 
     /// Bytes that a layer takes on the host's disk.
     pub(crate) fn layer_bytes(&self, layer: u64) -> u64 {
-        use std::os::unix::fs::MetadataExt;
         std::fs::metadata(layer_path(&self.folder, layer)).map_or(0, |meta| meta.blocks() * 512)
     }
 

@@ -34,15 +34,15 @@ impl Instance {
         if self.record.disks.is_empty() {
             return Err("it was never started, and has no disks yet; delete it, and launch it where you want it".into());
         }
-        if self.record.in_store.is_none() {
+        if self.record.in_store().is_none() {
             let backup = self.store_whole(id).await?;
-            self.record.in_store = Some(backup.id.clone());
+            self.record.note_stored(backup.id.clone());
             self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
             return Ok(json!({
                 "in_store": backup.id, "new_bytes": backup.new_bytes, "stored_bytes": backup.stored_bytes,
             }));
         }
-        Ok(json!({ "in_store": self.record.in_store, "new_bytes": 0 }))
+        Ok(json!({ "in_store": self.record.in_store(), "new_bytes": 0 }))
     }
 
     async fn store_whole(&mut self, id: &OperationId) -> Result<Backup, String> {
@@ -220,7 +220,7 @@ impl Instance {
         record.memory.clear();
         record.next_event = record.next_event.max(whole.next_event);
         record.arrived = Some(backup.id.clone());
-        record.in_store = Some(backup.id.clone());
+        record.note_stored(backup.id.clone());
         record.power_serial = record.spec.power_serial;
         self.set_state(if self.record.suspended.is_some() { State::Suspended } else { State::Stopped });
         self.event("arrived", format!("it came from the store, {fetched} bytes fetched"));

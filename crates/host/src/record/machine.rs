@@ -1,6 +1,6 @@
 //! What a record keeps of machines: suspended, kept, being saved.
 
-use collective_model::{Checkpoint, CheckpointId, CheckpointMachine, Digest, OperationId, Timestamp};
+use collective_model::{BackupId, Checkpoint, CheckpointId, CheckpointMachine, Digest, OperationId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::{CheckpointRecord, DiskRecord, Record};
@@ -31,6 +31,14 @@ pub struct MachineRecord {
     pub info: CheckpointMachine,
 }
 
+/// What was put into the store, and as what.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoredRecord {
+    backup: BackupId,
+    disks: Vec<DiskRecord>,
+    epoch: Option<String>,
+}
+
 /// An order to save the machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SaveJournal {
@@ -47,6 +55,24 @@ pub struct SaveJournal {
 }
 
 impl Record {
+    /// Where in the store what the instance is now lies. Whatever else was done to its disks or its memory since, it does not.
+    pub fn in_store(&self) -> Option<&BackupId> {
+        if self.arrived != self.spec.arrival {
+            return self.spec.arrival.as_ref();
+        }
+        let same = |stored: &&StoredRecord| stored.disks == self.disks && stored.epoch.as_ref() == self.epoch();
+        self.stored.as_ref().filter(same).map(|stored| &stored.backup)
+    }
+
+    /// What it is now is in the store.
+    pub fn note_stored(&mut self, backup: BackupId) {
+        self.stored = Some(StoredRecord { backup, disks: self.disks.clone(), epoch: self.epoch().cloned() });
+    }
+
+    fn epoch(&self) -> Option<&String> {
+        self.suspended.as_ref().map(|suspended| &suspended.machine.epoch)
+    }
+
     /// A new layer on each disk; they are created by whoever is told of them.
     pub fn push_layers(&mut self) -> Vec<u64> {
         let first = self.next_layer;
