@@ -9,6 +9,7 @@ mod endpoint;
 mod store;
 mod wire;
 mod wire_backup;
+mod wire_operations;
 mod wire_store;
 
 pub use client::{Client, ClientError, Tunnel};
@@ -16,4 +17,5 @@ pub use endpoint::{Endpoint, EndpointError, Fingerprint, Token, TokenKind, finge
 pub use store::{PlaneStore, PrivateStore, StoreError};
 pub use wire::*;
 pub use wire_backup::*;
+pub use wire_operations::*;
 pub use wire_store::*;

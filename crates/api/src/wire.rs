@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use collective_keys::{PublicKey, Signed};
 use collective_model::{
-    ApplianceName, BackupId, ByteSize, CheckpointId, Digest, Generation, InstanceId, Name, Observed, Operation,
-    OperationId, OperationState, PublishedPort, Spec, Timestamp, TunnelId, VersionName,
+    ApplianceName, ByteSize, Digest, Generation, InstanceId, Name, Observed, Operation, OperationId, OperationState,
+    PublishedPort, Spec, Timestamp, TunnelId, VersionName,
 };
 use collective_store::PackInfo;
 use serde::{Deserialize, Serialize};
@@ -243,81 +243,6 @@ pub struct PowerRequest {
     pub on: bool,
 }
 
-/// `POST /v1/instances/NAME/operations`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(tag = "do", rename_all = "kebab-case")]
-pub enum OperationRequest {
-    /// Plan an update.
-    Plan {
-        /// A version or channel label; none: the head of the followed channel, else of `stable`.
-        to: Option<VersionName>,
-    },
-    /// Update.
-    Update {
-        /// As for `plan`.
-        to: Option<VersionName>,
-    },
-    /// Go back.
-    Rollback {
-        /// Data too.
-        with_data: bool,
-    },
-    /// Stop and start.
-    Restart,
-    /// Say which blocks the guest read while it booted.
-    Trace,
-    /// Read the end of the serial console.
-    Logs {
-        /// At most this many lines.
-        lines: u32,
-    },
-    /// Encrypt the data disks and put them into the store.
-    Backup,
-    /// Put a backup's data in place of the present.
-    Restore {
-        /// Which; none: the newest of this instance.
-        backup: Option<BackupId>,
-    },
-    /// Put what the instance is, which does not run, into the store.
-    Push,
-    /// Save the running machine, put it into the store, and end it.
-    Suspend,
-    /// Go on with the machine that was saved.
-    Resume,
-    /// Keep what the instance is now, its running machine included.
-    Checkpoint {
-        /// In the user's words.
-        #[serde(default)]
-        why: Option<String>,
-    },
-    /// Put a checkpoint in place of the present, which is kept as a checkpoint.
-    GoBack {
-        /// Which.
-        to: CheckpointId,
-        /// Only disks go back, and the machine is booted.
-        #[serde(default)]
-        disks_only: bool,
-        /// Disks that stay as they are; only with `disks_only`.
-        #[serde(default)]
-        keep: Vec<Name>,
-    },
-    /// Give the picture of the screen at a checkpoint.
-    Screen {
-        /// Which.
-        checkpoint: CheckpointId,
-    },
-    /// Forget a checkpoint.
-    Forget {
-        /// Which.
-        checkpoint: CheckpointId,
-    },
-    /// Remove.
-    Delete {
-        /// Data too.
-        data: bool,
-    },
-}
-
 /// `PATCH /v1/instances/NAME`; absent fields stay as they are.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct InstancePatch {
@@ -437,28 +362,6 @@ pub struct HostOrders {
     /// Instances that another host has now, and since which ownership: what is left of them here can go.
     #[serde(default)]
     pub moved: Vec<(InstanceId, Generation)>,
-}
-
-/// `POST /v1/instances/NAME/clone`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CloneRequest {
-    /// As it was then.
-    pub checkpoint: CheckpointId,
-    /// The clones' names.
-    pub names: Vec<Name>,
-    /// Published ports; only for a single clone.
-    #[serde(default)]
-    pub ports: Vec<PublishedPort>,
-}
-
-/// `POST /v1/instances/NAME/move`
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct MoveRequest {
-    /// Where to.
-    pub host: Name,
-    /// Without its memory: it is booted there.
-    #[serde(default)]
-    pub cold: bool,
 }
 
 /// What an operation's `result` holds after `plan`.
