@@ -486,6 +486,9 @@ fn clones_go_on_beside_each_other() {
     one.answers();
     one.put("/notes/later", "of one alone");
     fleet.ok(&["clone", "many-1", "--name", "looked-at", "--publish", &format!("{}:80", guest.port)]);
+    // From its disks, and not from what the guest remembers of them.
+    fleet.ok(&["restart", "looked-at"]);
+    guest.answers();
     assert_eq!(guest.get("/notes/shared"), "before");
     assert_eq!(guest.request("GET", "/notes/later", "").unwrap().0, 404);
     let error = fleet.fails(&["clone", "one", "--name", "many-1"]);
