@@ -67,6 +67,9 @@ pub struct WholeDisk {
     pub writes: SystemWrites,
     /// What it is made from.
     pub image: Option<RunImage>,
+    /// The keyed name of the page that says what of it is read first when the machine goes on.
+    #[serde(default)]
+    pub boot: Option<Digest>,
 }
 
 /// A machine that stood still.
@@ -74,6 +77,9 @@ pub struct WholeDisk {
 pub struct WholeMachine {
     /// The keyed name of its memory's root page.
     pub memory: Digest,
+    /// The keyed name of the page that says what of it is read first when the machine goes on.
+    #[serde(default)]
+    pub boot: Option<Digest>,
     /// The digest of the file with the rest of it.
     pub state: Digest,
     /// The instant that both are of.
@@ -109,7 +115,7 @@ pub struct BackupDisk {
 }
 
 /// The answer to `POST /v1/hosts/self/operations/ID/private`: what a host needs for a backup or restore that it was told
-/// to make. Never logged, and kept in memory only.
+/// to make; and to `POST /v1/hosts/self/instances/ID/private`: what it needs for an instance that is arriving. Never logged, and kept in memory only.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PrivateGrant {
     /// The owner's key.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use collective_model::run::{EndKind, Phase, Request, RunEnd, RunStatus};
-use collective_model::{Generation, Name, Operation, OperationKind, OperationState, Spec, State, Trigger};
+use collective_model::{Generation, Name, Operation, OperationId, OperationKind, OperationState, Spec, State, Trigger};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -198,7 +198,7 @@ impl Instance {
         let has_arrived = self.record.arrived == self.record.spec.arrival;
         let result = match operation.kind {
             OperationKind::Receive { backup, cold } => self.receive(&id, &backup, cold).await,
-            OperationKind::Delete { data } => self.delete(data).await,
+            OperationKind::Delete { data } => self.delete(&id, data).await,
             _ if !has_arrived => Err("it has not arrived on this host yet; move it again, here or elsewhere".into()),
             OperationKind::Update { .. } | OperationKind::Rollback { .. } | OperationKind::Restart
                 if self.record.state == State::Suspended =>
@@ -229,7 +229,7 @@ impl Instance {
     }
 
     /// The outcome is durable here before the plane hears of it.
-    pub(crate) fn conclude(&mut self, id: collective_model::OperationId, state: OperationState) {
+    pub(crate) fn conclude(&mut self, id: OperationId, state: OperationState) {
         self.record.remember(id.clone(), state.clone());
         if !self.gone {
             self.save_or_log();
@@ -289,6 +289,7 @@ impl Instance {
     }
 
     fn note_status(&mut self, status: RunStatus) {
+        self.note_arrival(&status);
         if status.qemu_pid.is_some() && self.record.qemu_pid != status.qemu_pid {
             self.record.qemu_pid = status.qemu_pid;
             // The machine exists, so its disks do.
@@ -408,7 +409,7 @@ impl Instance {
         self.event("stopped", how);
     }
 
-    async fn delete(&mut self, data: bool) -> Result<serde_json::Value, String> {
+    async fn delete(&mut self, id: &OperationId, data: bool) -> Result<serde_json::Value, String> {
         if self.record.state.is_live() {
             // What is thrown away need not be shut down with care.
             self.stop(if data { Duration::from_secs(1) } else { STOP_LIMIT }).await;
@@ -419,6 +420,7 @@ impl Instance {
         let has_data = self.record.disks.iter().any(|disk| disk.role == collective_model::DiskRole::Data);
         let mut kept = None;
         if has_data && !data {
+            self.bring_rest(Some(id)).await?;
             let home = self.context.config.data.join("kept");
             create_folder(&home, 0o700).map_err(failed)?;
             let home = home.join(format!("{}-{}", self.record.spec.name, &self.record.spec.id.as_str()[..8]));

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod arriving;
 mod clone;
 mod context;
 mod daemon;

@@ -4,10 +4,12 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use collective_keys::OwnerKey;
 use collective_model::Name;
 use collective_model::run::{MAX_MESSAGE_BYTES, Reply, Request, RunEnd, RunStatus};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use zeroize::Zeroizing;
 
 /// A runner answers within this time, or is taken for hung; it never waits for the network to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -23,9 +25,12 @@ pub enum LinkError {
     Refused(String),
 }
 
-/// Starts a runner for `dir` that outlives us, its words going to `runner.log`.
-pub fn spawn(command: &[OsString], dir: &Path) -> std::io::Result<u32> {
+/// Starts a runner for `dir` that outlives us, its words going to `runner.log`. It is told the key for what is to arrive.
+pub async fn spawn(command: &[OsString], dir: &Path, key: Option<OwnerKey>) -> std::io::Result<u32> {
     let (mut runner, log) = runner(command, dir)?;
+    if key.is_some() {
+        runner.stdin(std::process::Stdio::piped());
+    }
     let mut child = runner
         .stdout(log)
         // Out of reach of the terminal's signals.
@@ -33,6 +38,11 @@ pub fn spawn(command: &[OsString], dir: &Path) -> std::io::Result<u32> {
         .kill_on_drop(false)
         .spawn()?;
     let pid = child.id().unwrap_or_default();
+    if let (Some(key), Some(mut input)) = (key, child.stdin.take()) {
+        let digits = Zeroizing::new(String::from(key));
+        // It fits into the pipe, whether the runner reads or not.
+        input.write_all(Zeroizing::new([digits.as_bytes(), b"\n"].concat()).as_slice()).await?;
+    }
     tokio::spawn(async move {
         // Only to let the kernel forget it; how it ended is in end.json.
         let _ = child.wait().await;

@@ -31,6 +31,7 @@ impl Instance {
     /// Encrypts the data disks and puts what is new of them into the store.
     pub(crate) async fn back_up(&mut self, id: &OperationId) -> Result<Value, String> {
         self.is_off("a backup is made of an instance that is off, so that its data is whole")?;
+        self.bring_rest(Some(id)).await?;
         let disks = self.data_disks();
         if disks.is_empty() {
             return Err("it has no data disks: all that it has comes with its version".into());
@@ -41,7 +42,7 @@ impl Instance {
         let home = self.record.spec.id.clone();
         let hashes = self.folder.join(HASHES);
         let order = PrivateOrder::Backup { home: home.clone(), known, hashes: hashes.clone(), disks, whole: None };
-        let (disks, packs, used_bytes) = match self.run_private(id, &key, &order, "encrypting and storing").await? {
+        let (disks, packs, used_bytes) = match self.run_private(Some(id), &key, &order, "encrypting and storing").await? {
             PrivateNews::Stored { disks, packs, used_bytes, .. } => (disks, packs, used_bytes),
             other => return Err(format!("its runner answered something else: {other:?}")),
         };
@@ -74,6 +75,7 @@ impl Instance {
     /// Puts the data of a backup in place of the present, which is kept as a checkpoint.
     pub(crate) async fn restore_backup(&mut self, id: &OperationId, wanted: &BackupId) -> Result<Value, String> {
         self.is_off("a backup is restored into an instance that is off")?;
+        self.bring_rest(Some(id)).await?;
         let PrivateGrant { key, backup } = self.grant(id).await?;
         let backup = backup.filter(|backup| backup.id == *wanted).ok_or("the plane gave another backup")?;
         let before = self.record.state;
@@ -165,7 +167,7 @@ impl Instance {
             let layer = layer_path(&self.folder, self.record.reserve_layer());
             let becomes = size.max(disk.size);
             let (name, root, size) = (disk.name.clone(), disk.root, disk.size);
-            places.push(RestoreDisk { name, root, size, becomes, layer, image: None });
+            places.push(RestoreDisk { name, root, size, becomes, layer, image: None, boot: None });
         }
         Ok(places)
     }
@@ -177,7 +179,6 @@ impl Instance {
         backup: &Backup,
         disks: &[RestoreDisk],
     ) -> Result<(u64, u64), String> {
-        disks.iter().for_each(|disk| remove_layer(&disk.layer));
         let scratch = self.folder.join(SCRATCH);
         let order = PrivateOrder::Restore {
             home: backup.instance.clone(),
@@ -185,11 +186,12 @@ impl Instance {
             scratch: scratch.clone(),
             disks: disks.to_vec(),
             files: Vec::new(),
+            begin: false,
         };
-        let news = self.run_private(id, key, &order, "fetching").await;
+        let news = self.run_private(Some(id), key, &order, "fetching").await;
         let _ = std::fs::remove_dir_all(scratch);
         match news? {
-            PrivateNews::Restored { bytes, fetched } => Ok((bytes, fetched)),
+            PrivateNews::Restored { bytes, fetched, .. } => Ok((bytes, fetched)),
             other => Err(format!("its runner answered something else: {other:?}")),
         }
     }
@@ -197,7 +199,7 @@ impl Instance {
     /// Has a runner carry out an order; until its end the instance does nothing else, so that nothing changes its disks.
     pub(crate) async fn run_private(
         &mut self,
-        id: &OperationId,
+        id: Option<&OperationId>,
         key: &OwnerKey,
         order: &PrivateOrder,
         doing: &str,
@@ -219,7 +221,9 @@ impl Instance {
             match serde_json::from_str(&line).map_err(|e| format!("its runner cannot be understood: {e}"))? {
                 PrivateNews::Progress { done, total } => {
                     let doing = doing.to_owned();
-                    self.context.tell(id, OperationState::Running { doing, done, total });
+                    if let Some(id) = id {
+                        self.context.tell(id, OperationState::Running { doing, done, total });
+                    }
                 }
                 PrivateNews::Failed { why } => return Err(why),
                 outcome => {

@@ -8,7 +8,7 @@ mod machine;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use collective_model::run::RunImage;
+use collective_model::run::{Arriving, RunImage};
 use collective_model::{
     BackupId, Checkpoint, CheckpointId, Digest, Disk, DiskRole, Manifest, Name, OperationId, OperationState, Spec,
     State, SystemWrites, Timestamp, VersionName,
@@ -48,6 +48,9 @@ pub struct Record {
     /// What of [`Spec::arrival`] was brought here.
     #[serde(default)]
     pub arrived: Option<BackupId>,
+    /// Layers that are still in the store.
+    #[serde(default)]
+    pub arriving: Option<Arriving>,
     /// Layers of memory that the present machine went on with.
     #[serde(default)]
     pub memory: Vec<u64>,
@@ -136,6 +139,7 @@ impl Record {
             suspended: None,
             stored: None,
             arrived: None,
+            arriving: None,
             memory: Vec::new(),
             save: None,
             done: Vec::new(),

@@ -130,6 +130,7 @@ impl Instance {
             in_store: record.in_store().cloned(),
             arrived: record.arrived.clone(),
             resumed: status.resumed,
+            arrival: self.arrival(),
             observed_at: Timestamp::now(),
         }
     }

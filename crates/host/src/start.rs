@@ -31,6 +31,8 @@ impl Instance {
         self.record.version_name = Some(manifest.version.clone());
         let memory = self.record.spec.memory.unwrap_or(manifest.hardware.memory);
         check_memory(memory.0)?;
+        let key_for_rest = self.arrival_key().await?;
+        self.clear_arrived();
         let resume = self.record.state == State::Resuming;
         // From here on it is more than the store has.
         self.record.stored = None;
@@ -38,10 +40,12 @@ impl Instance {
             self.record.prepare_resume();
         } else {
             self.record.memory.clear();
-            let folder = self.folder.clone();
-            // A clone has the same files: hard links.
+            let (folder, arriving) = (self.folder.clone(), self.record.arriving.clone());
             self.record.prepare_start(&|layer| {
-                std::fs::metadata(layer_path(&folder, layer)).is_ok_and(|found| found.nlink() > 1)
+                let path = layer_path(&folder, layer);
+                let arrives = arriving.iter().flat_map(|arriving| &arriving.layers).any(|disk| disk.layer == path);
+                // A clone has the same files: hard links.
+                arrives || std::fs::metadata(path).is_ok_and(|found| found.nlink() > 1)
             });
         }
         self.drop_unheld_layers().map_err(|e| format!("cannot tidy its layers: {e}"))?;
@@ -65,7 +69,8 @@ impl Instance {
         }
         write_json(&self.run_dir.join("run.json"), &config).map_err(|e| format!("cannot write run.json: {e}"))?;
         let _ = std::fs::remove_file(self.run_dir.join("end.json"));
-        let pid = link::spawn(&self.context.config.runner, &self.run_dir)
+        let pid = link::spawn(&self.context.config.runner, &self.run_dir, key_for_rest)
+            .await
             .map_err(|e| format!("cannot start its runner: {e}"))?;
         self.record.runner_pid = Some(pid);
         self.record.qemu_pid = None;
@@ -149,6 +154,7 @@ impl Instance {
             cache: self.context.config.data.join("cache"),
             credentials: self.context.config.credentials.clone(),
             resume: None,
+            arriving: self.record.arriving.clone(),
         })
     }
 

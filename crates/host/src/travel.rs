@@ -2,20 +2,24 @@
 //!
 //! ```text
 //! push      key from the plane; the runner seals and sends disks, memory and files; the plane records it
-//! receive   key and list from the plane; the runner writes layers and files, synced
-//!           POINT OF NO RETURN, one write of the record: what it was there is what it is here
+//! receive   key and list from the plane; the runner brings indexes and files
+//!           POINT OF NO RETURN, one write of the record: what it was there is what it is here, with layers that arrive
+//!           while it runs (`arriving.rs`)
 //! ```
 //! Between the two the plane makes another host the owner (`plane/src/movement.rs`). What does not run stays so until its
 //! owner is told; so the old host needs not be asked again, and what it has left goes when the new one has it.
 
 use collective_api::{Backup, BackupDisk, PrivateGrant, Whole, WholeDisk, WholeFile, WholeMachine};
-use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RestoreFile, WholeOrder};
-use collective_model::{BackupId, CheckpointMachine, Generation, OperationId, State, Timestamp, Trigger};
+use collective_model::run::TOUCHED;
+use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RestoreFile, StoredDisk, WholeOrder};
+use collective_model::run::Arriving;
+use collective_model::{BackupId, ByteSize, CheckpointMachine, Generation, OperationId, State, Timestamp, Trigger};
 use collective_store::PackInfo;
 use serde_json::{Value, json};
 
 use crate::instance::Instance;
-use crate::private::{HASHES, SCRATCH, remove_layer, run_pack};
+use crate::arriving::ARRIVING;
+use crate::private::{HASHES, run_pack};
 use crate::record::{DiskRecord, MachineRecord, SuspendedRecord, layer_path, state_path};
 
 /// The rest of the machine, by its name among the files.
@@ -35,6 +39,7 @@ impl Instance {
             return Err("it was never started, and has no disks yet; delete it, and launch it where you want it".into());
         }
         if self.record.in_store().is_none() {
+            self.bring_rest(Some(id)).await?;
             let backup = self.store_whole(id).await?;
             self.record.note_stored(backup.id.clone());
             self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
@@ -59,15 +64,17 @@ impl Instance {
                 version: self.record.version,
                 memory: machine.iter().flat_map(|m| &m.memory).map(|layer| layer_path(&self.folder, *layer)).collect(),
                 memory_size: machine.as_ref().map_or(0, |machine| machine.memory_mib << 20),
+                touched: machine.is_some().then(|| self.run_dir.join(TOUCHED)),
                 files: self.files(machine.as_ref()),
             }),
         };
-        let news = self.run_private(id, &key, &order, "encrypting and storing").await?;
+        let news = self.run_private(Some(id), &key, &order, "encrypting and storing").await?;
         let PrivateNews::Stored { disks, packs, used_bytes, memory, files } = news else {
             return Err(format!("its runner answered something else: {news:?}"));
         };
         let machine = machine.zip(memory).map(|(machine, memory)| WholeMachine {
-            memory,
+            memory: memory.root,
+            boot: memory.boot,
             state: machine.digest,
             epoch: machine.epoch,
             memory_mib: machine.memory_mib,
@@ -75,14 +82,15 @@ impl Instance {
             info: machine.info,
         });
         let version = self.record.version;
-        let what = |disk: &DiskRecord| WholeDisk {
+        let what = |(disk, stored): (&DiskRecord, &StoredDisk)| WholeDisk {
             role: disk.role,
             writes: disk.writes,
+            boot: stored.boot,
             // A data disk may have begun with an image of an older version, which is not kept for its sake.
             image: disk.image.clone().filter(|image| image.version == version),
         };
         let whole = Whole {
-            disks: self.record.disks.iter().map(what).collect(),
+            disks: self.record.disks.iter().zip(&disks).map(what).collect(),
             machine,
             files: files.into_iter().map(|f| WholeFile { name: f.name, size: f.size, root: f.root }).collect(),
             next_event: self.record.next_event + 8,
@@ -158,6 +166,7 @@ impl Instance {
                 becomes: disk.size,
                 layer: layer_path(&self.folder, layer),
                 image: what.image.clone(),
+                boot: what.boot,
             });
             disks.push(DiskRecord {
                 name: disk.name.clone(),
@@ -174,7 +183,7 @@ impl Instance {
             let size = machine.memory_mib << 20;
             let layer = layer_path(&self.folder, memory);
             let name = "memory".parse().map_err(|e| format!("{e}"))?;
-            restore.push(RestoreDisk { name, root: machine.memory, size, becomes: size, layer, image: None });
+            restore.push(RestoreDisk { name, root: machine.memory, size, becomes: size, layer, image: None, boot: machine.boot });
         }
         let place = |file: &WholeFile| {
             let path = match file.name.as_str() {
@@ -188,19 +197,17 @@ impl Instance {
         let files: Vec<RestoreFile> = whole.files.iter().filter_map(place).collect();
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         crate::files::create_folder(&self.run_dir.join("v"), 0o700).map_err(|e| format!("cannot prepare it: {e}"))?;
-        restore.iter().for_each(|disk| remove_layer(&disk.layer));
-        let scratch = self.folder.join(SCRATCH);
-        let order = PrivateOrder::Restore {
+        let arriving = Arriving {
             home: backup.instance.clone(),
             packs: backup.packs.iter().map(run_pack).collect(),
-            scratch: scratch.clone(),
-            disks: restore,
-            files,
+            scratch: self.folder.join(ARRIVING),
+            layers: restore,
         };
+        let Arriving { home, packs, scratch, layers: disks_to_come } = arriving.clone();
+        let order = PrivateOrder::Restore { home, packs, scratch, disks: disks_to_come, files, begin: true };
         self.record.version = backup.version;
-        let news = self.run_private(id, key, &order, "fetching").await;
-        let _ = std::fs::remove_dir_all(scratch);
-        let PrivateNews::Restored { fetched, .. } = news? else {
+        let PrivateNews::Restored { fetched, missing, .. } = self.run_private(Some(id), key, &order, "fetching").await?
+        else {
             return Err("its runner answered something else".into());
         };
         let suspended = machine.map(|machine| MachineRecord {
@@ -220,10 +227,12 @@ impl Instance {
         record.memory.clear();
         record.next_event = record.next_event.max(whole.next_event);
         record.arrived = Some(backup.id.clone());
+        record.arriving = Some(arriving);
         record.note_stored(backup.id.clone());
         record.power_serial = record.spec.power_serial;
         self.set_state(if self.record.suspended.is_some() { State::Suspended } else { State::Stopped });
-        self.event("arrived", format!("it came from the store, {fetched} bytes fetched"));
+        let missing = ByteSize(missing);
+        self.event("arrived", format!("it is here: {fetched} bytes fetched, and {missing} come while it runs"));
         self.note_images();
         Ok(())
     }

@@ -194,6 +194,7 @@ impl Instance {
         if !matches!(self.record.state, State::Stopped | State::Failed) || self.record.disks.is_empty() {
             return Err(format!("a disk is taken from an instance that is off, and it is {}", self.record.state));
         }
+        self.bring_rest(None).await?;
         self.describe_disks().await?;
         let mut sender = link::spawn_sender(&self.context.config.runner, &self.run_dir, disk)
             .map_err(|e| format!("cannot read its disk: {e}"))?;

@@ -101,6 +101,7 @@ impl Instance {
         if self.record.disks.is_empty() {
             return Err("it has never been started; start it first".into());
         }
+        self.bring_rest(Some(id)).await?;
         let needs = self.needs(to).await.map_err(|e| format!("cannot update: {e}"))?;
         let target = needs.manifest.version.clone();
         if to == self.record.version {

@@ -397,6 +397,9 @@ pub struct Observed {
     /// Whether the running machine went on with a saved one.
     #[serde(default)]
     pub resumed: bool,
+    /// How much of it has come to this host; none: all was here when it was started.
+    #[serde(default)]
+    pub arrival: Option<crate::run::Arrival>,
     /// When the host saw this.
     pub observed_at: Timestamp,
 }

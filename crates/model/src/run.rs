@@ -9,10 +9,13 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::run_private::{RestoreDisk, RunPack};
 use crate::{ApplianceName, Digest, Firmware, HealthCheck, HealthState, InstanceId, Name, PublishedPort, Timestamp};
 
 /// The version of this protocol.
 pub const PROTOCOL: u32 = 1;
+/// The file in a run's directory that says what was read first when its machine went on, by the names of its disks.
+pub const TOUCHED: &str = "touched.json";
 /// A message is at most this long, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
@@ -64,6 +67,33 @@ pub struct RunConfig {
     /// Go on with this saved machine in place of booting.
     #[serde(default)]
     pub resume: Option<RunResume>,
+    /// Layers that are not here yet. The key for them is the first line of the runner's standard input.
+    #[serde(default)]
+    pub arriving: Option<Arriving>,
+}
+
+/// Layers that come from the owner's data in the store while the machine runs, and what is needed for that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arriving {
+    /// Whose packs they are in.
+    pub home: InstanceId,
+    /// These packs.
+    pub packs: Vec<RunPack>,
+    /// A folder for what is fetched, still encrypted. All indexes are in it.
+    pub scratch: PathBuf,
+    /// The layers, each the lowest of its disk or of the memory.
+    pub layers: Vec<RestoreDisk>,
+}
+
+/// How much of [`Arriving`] has arrived.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrival {
+    /// Bytes still to come, as they are stored.
+    pub bytes: u64,
+    /// Bytes that came because the guest waited for them.
+    pub on_demand: u64,
+    /// The layers are there, durable, and the store is not needed any more.
+    pub complete: bool,
 }
 
 /// A saved machine, on this host. Its disks are those of the run, each under a new layer.
@@ -279,6 +309,9 @@ pub struct RunStatus {
     /// Whether it went on with a saved machine.
     #[serde(default)]
     pub resumed: bool,
+    /// How much of what was not here has come; none: all was here.
+    #[serde(default)]
+    pub arrival: Option<Arrival>,
     /// How it ended, in [`Phase::Ended`].
     pub end: Option<RunEnd>,
 }

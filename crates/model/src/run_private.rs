@@ -43,6 +43,9 @@ pub enum PrivateOrder {
         /// Where each file goes.
         #[serde(default)]
         files: Vec<RestoreFile>,
+        /// Bring only files and indexes, which stay in the scratch folder: the layers come when the machine runs.
+        #[serde(default)]
+        begin: bool,
     },
 }
 
@@ -55,6 +58,9 @@ pub struct WholeOrder {
     pub memory: Vec<PathBuf>,
     /// The memory's size in bytes.
     pub memory_size: u64,
+    /// What was read first when it last went on, as the runner left it; none: it is not known.
+    #[serde(default)]
+    pub touched: Option<PathBuf>,
     /// Files, by a name that whoever restores them knows.
     pub files: Vec<(String, PathBuf)>,
 }
@@ -108,6 +114,9 @@ pub struct RestoreDisk {
     /// What is below the layer; only what differs from it goes into the layer.
     #[serde(default)]
     pub image: Option<RunImage>,
+    /// The keyed name of the page that says what of it is read first when it is gone on with.
+    #[serde(default)]
+    pub boot: Option<Digest>,
 }
 
 /// How it is going, and what came out.
@@ -129,25 +138,37 @@ pub enum PrivateNews {
         packs: Vec<Digest>,
         /// Bytes of the disks that are not zeros.
         used_bytes: u64,
-        /// The root of the memory, where that was stored.
+        /// The memory, where that was stored.
         #[serde(default)]
-        memory: Option<Digest>,
+        memory: Option<StoredMemory>,
         /// Files that were stored.
         #[serde(default)]
         files: Vec<StoredFile>,
     },
-    /// The layers are there, durable.
+    /// What was ordered is there, durable.
     Restored {
         /// Bytes of blocks that are not zeros.
         bytes: u64,
         /// Stored bytes that were fetched.
         fetched: u64,
+        /// Stored bytes that are still to come.
+        #[serde(default)]
+        missing: u64,
     },
     /// It did not work.
     Failed {
         /// Why.
         why: String,
     },
+}
+
+/// A memory that was stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredMemory {
+    /// The keyed name of its root page.
+    pub root: Digest,
+    /// The page that says what of it is read first.
+    pub boot: Option<Digest>,
 }
 
 /// A disk that was stored.
@@ -159,4 +180,7 @@ pub struct StoredDisk {
     pub size: u64,
     /// The keyed name of its root page.
     pub root: Digest,
+    /// The page that says what of it is read first when the machine goes on.
+    #[serde(default)]
+    pub boot: Option<Digest>,
 }

@@ -23,6 +23,7 @@ pub(crate) fn routes() -> Router<Plane> {
         .route("/v1/backups", get(backups))
         .route("/v1/backups/{id}", delete(delete_backup))
         .route("/v1/hosts/self/operations/{id}/private", post(grant))
+        .route("/v1/hosts/self/instances/{id}/private", post(arrival_grant))
         .route("/v1/hosts/self/operations/{id}/backup", post(record))
         .route("/v1/key", get(key))
         .route("/v1/key/export", post(export_key))
@@ -43,6 +44,14 @@ async fn delete_backup(State(plane): State<Plane>, caller: Caller, Path(id): Pat
 
 async fn grant(State(plane): State<Plane>, caller: Caller, Path(id): Path<String>) -> Answer<Json<PrivateGrant>> {
     Ok(Json(plane.private_grant(caller.host()?, &parse(&id)?).await?))
+}
+
+async fn arrival_grant(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Answer<Json<PrivateGrant>> {
+    Ok(Json(plane.arrival_grant(caller.host()?, &parse(&id)?).await?))
 }
 
 async fn record(

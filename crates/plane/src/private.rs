@@ -60,6 +60,27 @@ impl Plane {
         }
     }
 
+    /// What the owner of an instance needs for what of it has not arrived.
+    pub(crate) async fn arrival_grant(&self, host: &Name, id: &InstanceId) -> Answer<PrivateGrant> {
+        let not_yours = || Failure::forbidden("nothing of such an instance is to arrive at this host");
+        let row = self.database().instance(id).await?.filter(|row| row.host == *host).ok_or_else(not_yours)?;
+        let backup = self.backup(&row.spec.arrival.ok_or_else(not_yours)?).await?;
+        Ok(PrivateGrant { key: self.inner.keys.lock().await.get(&backup.key)?, backup: Some(backup) })
+    }
+
+    /// Whether an instance is being brought somewhere from this backup, or goes on somewhere before all of it has come.
+    async fn arrives(&self, id: &BackupId) -> Answer<bool> {
+        let rows = self.database().instances().await?;
+        let needs = |row: &InstanceRow| {
+            let seen = row.observed.as_ref().filter(|seen| seen.generation == row.spec.generation);
+            let is_whole = |seen: &collective_model::Observed| {
+                seen.arrived == row.spec.arrival && seen.arrival.is_none_or(|arrival| arrival.complete)
+            };
+            row.spec.arrival.as_ref() == Some(id) && !seen.is_some_and(is_whole)
+        };
+        Ok(rows.iter().any(needs))
+    }
+
     pub(crate) async fn backup(&self, id: &BackupId) -> Answer<Backup> {
         let found = self.database().backup(id).await?;
         found.ok_or_else(|| Failure::missing(format!("there is no backup {id}; `collective backup list` shows all")))
@@ -186,7 +207,9 @@ impl Plane {
             // Only the newest is gone on with. One that is being brought somewhere stays.
             let others = self.database().backups(Some(&backup.instance)).await?;
             for old in others.iter().filter(|old| old.whole.is_some() && old.id != backup.id) {
-                self.database().delete_backup(&old.id).await?;
+                if !self.arrives(&old.id).await? {
+                    self.database().delete_backup(&old.id).await?;
+                }
             }
         }
         self.state_changed();
@@ -196,7 +219,7 @@ impl Plane {
     /// Forgets a backup. Its packs go with the next collection.
     pub(crate) async fn delete_backup(&self, id: &BackupId) -> Answer<()> {
         let backup = self.backup(id).await?;
-        if !self.database().delete_backup(id).await? {
+        if self.arrives(id).await? || !self.database().delete_backup(id).await? {
             let name = backup.name;
             return Err(Failure::conflict(format!(
                 "the backup of {name} is being restored; try again when that ended"

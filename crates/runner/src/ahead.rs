@@ -5,17 +5,20 @@
 //! comes at once in the order of the packs.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use collective_model::run::Phase;
+use collective_model::run::{Phase, RunDisk};
 use collective_model::{Digest, HealthState};
 use collective_store::fetch::{FetchError, Pace};
 use collective_store::trace::Trace;
 use collective_volume::Disk;
 use tokio::time::{Instant, sleep};
 
+use crate::MEMORY;
+use crate::private::Arrival;
 use crate::state::Shared;
 
 /// A guest without a health check is taken to be up after this time.
@@ -29,26 +32,81 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_secs(3);
 
 /// Fetches what the guest did not ask for yet, so that it soon depends on nobody.
-pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>) {
-    let all: Vec<Digest> = disks.iter().filter_map(|disk| disk.image()).flat_map(|image| image.frames()).collect();
-    let mut boot = Vec::new();
-    for (disk, run) in disks.iter().zip(&shared.config.disks) {
-        let (Some(image), Some(page)) = (disk.image(), run.image.as_ref().and_then(|image| image.boot)) else {
-            continue;
-        };
-        match boot_trace(&shared, &page).await {
-            Ok(trace) => boot.extend(trace.frames(image)),
-            // Only a hint.
-            Err(error) => tracing::warn!(%error, "the version's boot trace cannot be used"),
-        }
+pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Option<Arc<Disk>>) {
+    let images = disks.iter().chain(&memory).filter_map(|disk| disk.image());
+    let all: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
+    if shared.arrival.is_some() {
+        count(&shared, &all).await;
     }
-    if !boot.is_empty() {
-        until_here(&shared, &boot, Pace::AHEAD, &all).await;
+    let first = wanted_first(&shared, &disks, memory.as_ref()).await;
+    if !first.is_empty() {
+        until_here(&shared, &first, Pace::AHEAD, &all).await;
         // With all of that here, it is as fast as from a disk, or needs something that nobody foresaw.
         let limit = shared.config.health.as_ref().map_or(UP_WITHOUT_CHECK, |check| check.limit.0);
         until_up(&shared, limit).await;
     }
     until_here(&shared, &all, Pace::BESIDE, &all).await;
+    if let Some(arrival) = &shared.arrival {
+        settle(&shared, arrival).await;
+    }
+}
+
+/// Frames that guests read first, in their order.
+async fn wanted_first(shared: &Shared, disks: &[Arc<Disk>], memory: Option<&Arc<Disk>>) -> Vec<Digest> {
+    let lowest = |layers: &[PathBuf]| shared.arrival.as_ref()?.first(layers.first()?);
+    let of_disk = |run: &RunDisk| lowest(&run.layers).or_else(|| run.image.as_ref()?.boot);
+    let resume = shared.config.resume.as_ref();
+    let traces = shared.config.disks.iter().map(of_disk);
+    let memory = memory.map(|disk| (disk, resume.and_then(|resume| lowest(&resume.memory))));
+    let mut frames = Vec::new();
+    // Without its memory a machine does not even come to its disks.
+    for (disk, page) in memory.into_iter().chain(disks.iter().zip(traces)) {
+        let (Some(image), Some(page)) = (disk.image(), page) else { continue };
+        match boot_trace(shared, &page).await {
+            Ok(trace) => frames.extend(trace.frames(image)),
+            // Only a hint.
+            Err(error) => tracing::warn!(%error, "what is read first is not known"),
+        }
+    }
+    frames
+}
+
+/// Notes how much is to come.
+async fn count(shared: &Shared, all: &[Digest]) {
+    loop {
+        match shared.store.lack(all).await {
+            Err(error) if error.is_away() => sleep(PAUSE).await,
+            Err(error) => return tracing::warn!(%error, "how much is to come is not known"),
+            Ok(lack) => {
+                if let Some(arrival) = shared.status().arrival.as_mut() {
+                    arrival.bytes = lack.bytes;
+                }
+                return;
+            }
+        }
+    }
+}
+
+/// Makes layers of what has come, tried again for as long as that does not work: the disk may be full.
+async fn settle(shared: &Shared, arrival: &Arrival) {
+    loop {
+        match arrival.write_layers().await.map_err(String::from) {
+            Ok(bytes) => {
+                tracing::info!(bytes, "all has arrived");
+                let mut status = shared.status();
+                status.waiting = None;
+                if let Some(arrival) = status.arrival.as_mut() {
+                    arrival.complete = true;
+                }
+                return;
+            }
+            Err(why) => {
+                tracing::warn!(why, "what has arrived cannot be kept yet");
+                shared.status().waiting = Some(why);
+                sleep(PAUSE).await;
+            }
+        }
+    }
 }
 
 async fn boot_trace(shared: &Shared, page: &Digest) -> Result<Trace, FetchError> {
@@ -63,12 +121,13 @@ async fn boot_trace(shared: &Shared, page: &Digest) -> Result<Trace, FetchError>
 
 async fn until_here(shared: &Shared, frames: &[Digest], pace: Pace, all: &[Digest]) {
     loop {
-        let missing = all.iter().filter(|frame| !shared.store.cache().has(frame)).count();
+        let missing = all.iter().filter(|frame| !shared.store.has(frame)).count();
         shared.status().frames_missing = Some(missing as u64);
-        if missing == 0 || frames.iter().all(|frame| shared.store.cache().has(frame)) {
+        if missing == 0 || frames.iter().all(|frame| shared.store.has(frame)) {
             return;
         }
-        let progress = |_| {
+        let progress = |bytes| {
+            shared.ahead.fetch_add(bytes, Ordering::Relaxed);
             if let Some(missing) = shared.status().frames_missing.as_mut() {
                 *missing = missing.saturating_sub(1);
             }
@@ -105,12 +164,14 @@ async fn until_up(shared: &Shared, limit: Duration) -> bool {
     }
 }
 
-/// Writes into `to` which blocks the guest read until it was up, for whoever publishes the next version.
-pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, to: PathBuf) {
+/// Writes into `to` which blocks the guest read until it was up, for whoever publishes the next version; of a machine that
+/// went on also which pages, for whoever brings it elsewhere the next time.
+pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Option<Arc<Disk>>, to: PathBuf) {
     let up = until_up(&shared, RECORD_FOR).await;
     sleep(RECORD_ON).await;
-    let names = shared.config.disks.iter().map(|disk| disk.name.to_string());
-    let traces: BTreeMap<String, Trace> = names.zip(disks.iter().map(|disk| disk.stop_recording())).collect();
+    let names = shared.config.disks.iter().map(|disk| disk.name.to_string()).chain([MEMORY.to_owned()]);
+    let traces = disks.iter().chain(&memory).map(|disk| disk.stop_recording());
+    let traces: BTreeMap<String, Trace> = names.zip(traces).collect();
     if !up {
         return;
     }
@@ -120,4 +181,17 @@ pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, to: PathB
     if let Err(error) = written {
         tracing::warn!(%error, "what the guest read while it booted cannot be noted");
     }
+}
+
+/// Reads what [`record`] wrote; nothing where it did not. It is only a hint.
+pub(crate) fn read_touched(from: &Path) -> BTreeMap<String, Trace> {
+    let bytes = match std::fs::read(from) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return BTreeMap::new(),
+        read => read,
+    };
+    let read = bytes.and_then(|bytes| serde_json::from_slice(&bytes).map_err(std::io::Error::from));
+    read.unwrap_or_else(|error| {
+        tracing::warn!(%error, "what was read first is not known");
+        BTreeMap::new()
+    })
 }

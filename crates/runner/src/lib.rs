@@ -20,9 +20,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use collective_model::Name;
-use collective_model::run::{EndKind, PROTOCOL, RunConfig, RunEnd};
+use collective_model::run::{EndKind, PROTOCOL, RunConfig, RunEnd, TOUCHED};
 use collective_model::run_private::PrivateNews;
 use collective_store::Source;
+use collective_store::seal::Seal;
 use tokio::io::AsyncWrite;
 
 pub use private::OpenVault;
@@ -56,6 +57,10 @@ impl Layout {
     pub fn trace(&self) -> PathBuf {
         self.dir.join("trace.json")
     }
+    /// Which blocks and pages a machine that went on read until it was up.
+    pub fn touched(&self) -> PathBuf {
+        self.dir.join(TOUCHED)
+    }
     /// Entered only by the user that QEMU runs as; the disks are mounted in it.
     pub fn guarded(&self) -> PathBuf {
         self.dir.join("v")
@@ -74,14 +79,28 @@ impl Layout {
     }
 }
 
+/// How a machine comes to what it is made of.
+struct Ways<'a> {
+    open_source: &'a OpenSource,
+    open_vault: &'a OpenVault,
+    /// For what arrives.
+    seal: Option<Arc<Seal>>,
+}
+
 /// Opens the store that credentials lead to, keeping versions in the host's folder.
 pub type OpenSource = dyn Fn(&RunConfig) -> Result<Arc<dyn Source>, String> + Send + Sync;
 
-/// Runs the instance in `dir` to its end. The returned end is also in `end.json`.
-pub async fn run(dir: &Path, open_source: &OpenSource) -> RunEnd {
+/// Runs the instance in `dir` to its end. Where some of it is to arrive, the key for that comes from `key`. The returned
+/// end is also in `end.json`.
+pub async fn run(dir: &Path, open_source: &OpenSource, open_vault: &OpenVault, key: impl std::io::Read) -> RunEnd {
     let layout = Layout { dir: dir.to_owned() };
-    let end = match read_config(&layout) {
-        Ok(config) => machine::run(&layout, config, open_source).await,
+    let prepare = || {
+        let config = read_config(&layout)?;
+        let seal = config.arriving.as_ref().map(|_| private::read_key(&mut std::io::BufReader::new(key)));
+        Ok::<_, String>((config, seal.transpose()?))
+    };
+    let end = match prepare() {
+        Ok((config, seal)) => machine::run(&layout, config, &Ways { open_source, open_vault, seal }).await,
         Err(message) => RunEnd::now(EndKind::NotStarted, message),
     };
     tracing::info!(kind = ?end.kind, message = end.message, "the run has ended");

@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::gate::Gate;
 use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
-use crate::{Layout, MEMORY, OpenSource, ahead, probe, serve};
+use crate::{Layout, MEMORY, Ways, ahead, private, probe, serve};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
@@ -31,9 +31,9 @@ const PRESS_AGAIN: Duration = Duration::from_secs(5);
 const OVMF_CODE: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd"];
 
 /// Runs the machine to its end.
-pub(crate) async fn run(layout: &Layout, config: RunConfig, open_source: &OpenSource) -> RunEnd {
+pub(crate) async fn run(layout: &Layout, config: RunConfig, ways: &Ways<'_>) -> RunEnd {
     let (orders, inbox) = mpsc::channel(8);
-    match start(layout, config, open_source, orders).await {
+    match start(layout, config, ways, orders).await {
         Ok(running) => running.see_to_its_end(inbox).await,
         Err(error) => RunEnd::now(EndKind::NotStarted, error.to_string()),
     }
@@ -51,13 +51,21 @@ struct Running {
 async fn start(
     layout: &Layout,
     config: RunConfig,
-    open_source: &OpenSource,
+    ways: &Ways<'_>,
     orders: mpsc::Sender<Order>,
 ) -> Result<Running, NotStarted> {
-    let source = open_source(&config).map_err(NotStarted::step("cannot open the store"))?;
+    let source = (ways.open_source)(&config).map_err(NotStarted::step("cannot open the store"))?;
     let cache = Cache::open(&config.cache).map_err(NotStarted::step("cannot open the host's cache"))?;
     let gate = Gate::reserve(&config.ports).map_err(NotStarted::step("the ports are not to be had"))?;
-    let shared = Arc::new(Shared::new(config, Arc::new(FrameStore::new(cache, source)), gate, orders));
+    let mut store = Arc::new(FrameStore::new(cache, source));
+    let mut arrival = None;
+    if let (Some(arriving), Some(seal)) = (&config.arriving, &ways.seal) {
+        let opened = private::open_arrival(&config, arriving, seal, &store, ways.open_vault).await;
+        let opened = opened.map_err(NotStarted::step("what is to arrive cannot be opened"))?;
+        store = opened.store.clone();
+        arrival = Some(opened);
+    }
+    let shared = Arc::new(Shared::new(config, store, gate, orders, arrival));
     let _ = std::fs::remove_file(layout.trace());
     let _ = std::fs::remove_file(layout.socket());
     let listener = UnixListener::bind(layout.socket()).map_err(NotStarted::step("cannot listen for the daemon"))?;
@@ -66,13 +74,12 @@ async fn start(
     let disks = open_disks(&shared).await?;
     *shared.disks() = disks.clone();
     let memory = open_memory(&shared)?;
-    let mount = mount(layout, &shared.config, &disks, memory)?;
+    let mount = mount(layout, &shared.config, &disks, memory.clone())?;
     match launch(layout, &shared).await {
         Ok((vm, events, saver)) => {
-            if shared.config.resume.is_none() {
-                tokio::spawn(ahead::record(shared.clone(), disks.clone(), layout.trace()));
-            }
-            tokio::spawn(ahead::fetch(shared.clone(), disks));
+            let to = if memory.is_some() { layout.touched() } else { layout.trace() };
+            tokio::spawn(ahead::record(shared.clone(), disks.clone(), memory.clone(), to));
+            tokio::spawn(ahead::fetch(shared.clone(), disks, memory));
             Ok(Running { shared, vm, events, saver, mount, layout: layout.clone() })
         }
         Err(error) => {
@@ -89,9 +96,17 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
         if let Some(top) = disk.layers.last().filter(|top| disk.create_top && !top.exists()) {
             Layer::create(top, disk.size).map_err(|e| wrong(e.to_string()))?;
         }
-        let image = load_image(shared, disk).await.map_err(|e| wrong(e.to_string()))?;
-        let opened = Disk::open(disk.size, image, shared.store.clone(), &disk.layers);
-        disks.push(Arc::new(opened.map_err(|e| wrong(e.to_string()))?));
+        let (arrives, layers) = shared.arrives(&disk.layers);
+        let image = match arrives {
+            Some(image) => Some(image),
+            None => load_image(shared, disk).await.map_err(|e| wrong(e.to_string()))?,
+        };
+        let opened = Disk::open(disk.size, image, shared.store.clone(), layers);
+        let mut opened = opened.map_err(|e| wrong(e.to_string()))?;
+        if shared.config.resume.is_some() {
+            opened.record_all();
+        }
+        disks.push(Arc::new(opened));
     }
     Ok(disks)
 }
@@ -100,7 +115,8 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
 fn open_memory(shared: &Shared) -> Result<Option<Arc<Disk>>, NotStarted> {
     let Some(resume) = &shared.config.resume else { return Ok(None) };
     let size = shared.config.memory_mib << 20;
-    let opened = Disk::open_frozen(size, None, shared.store.clone(), &resume.memory);
+    let (image, layers) = shared.arrives(&resume.memory);
+    let opened = Disk::open_frozen(size, image, shared.store.clone(), layers);
     opened.map(|disk| Some(Arc::new(disk))).map_err(NotStarted::step("the saved memory cannot be opened"))
 }
 

@@ -5,7 +5,7 @@
 
 mod restore;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{self, BufRead, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -14,13 +14,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use collective_disk::ReadAt;
-use collective_model::run::{RunConfig, RunDisk};
-use collective_model::run_private::{PrivateNews, PrivateOrder, RunPack, StoredDisk, StoredFile, WholeOrder};
+use collective_model::run::{Arriving, RunConfig, RunDisk};
+use collective_model::run_private::{PrivateNews, PrivateOrder, RunPack, StoredDisk, StoredFile, StoredMemory, WholeOrder};
 use collective_model::{Digest, InstanceId, Name};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::pack::{Pack, TRAILER};
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Publisher};
+use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Progress, Publisher};
 use collective_store::seal::Seal;
 use collective_store::trace::Trace;
 use collective_store::{BLOCK, PackInfo, SourceError, Vault};
@@ -29,14 +29,20 @@ use rayon::prelude::*;
 use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
-use crate::OpenSource;
+use crate::{MEMORY, OpenSource, ahead};
 use crate::send::open;
-use restore::{Stores, restore};
+use restore::{Trouble, restore};
+
+pub(crate) use restore::Arrival;
 
 /// An order is at most this long, in bytes.
 const MAX_ORDER: u64 = 16 << 20;
+/// The line with the key is at most this long, in bytes.
+const MAX_KEY: u64 = 1024;
 /// A store that is away is tried again this often, after a second and then after twice the pause each time.
 const ATTEMPTS: u32 = 6;
+/// Pause before a store that is away is asked again.
+const AWAY: Duration = Duration::from_secs(1);
 /// The daemon is told after so many bytes.
 const TELL_EVERY: u64 = 4 << 20;
 
@@ -53,23 +59,32 @@ impl Wanted {
     /// Reads the two lines that the daemon writes.
     pub fn read(from: &mut impl BufRead) -> Result<Self, String> {
         let mut from = from.take(MAX_ORDER);
-        let mut line = Zeroizing::new(String::with_capacity(128));
-        let broken = |error: &dyn std::fmt::Display| format!("the daemon's order cannot be read: {error}");
-        from.read_line(&mut line).map_err(|e| broken(&e))?;
-        let digits = line.trim();
-        let mut key = Zeroizing::new([0; 32]);
-        if digits.len() != 64 || !digits.is_ascii() {
-            return Err(broken(&"it begins with no key"));
-        }
-        for (index, byte) in key.iter_mut().enumerate() {
-            let pair = &digits[2 * index..2 * index + 2];
-            *byte = u8::from_str_radix(pair, 16).map_err(|_| broken(&"it begins with no key"))?;
-        }
+        let seal = read_key(&mut from)?;
         let mut order = String::new();
         from.read_line(&mut order).map_err(|e| broken(&e))?;
         let order = serde_json::from_str(&order).map_err(|e| broken(&e))?;
-        Ok(Self { seal: Arc::new(Seal::new(&key)), order })
+        Ok(Self { seal, order })
     }
+}
+
+fn broken(error: &dyn std::fmt::Display) -> String {
+    format!("the daemon's order cannot be read: {error}")
+}
+
+/// Reads the line with the owner's key.
+pub(crate) fn read_key(from: &mut impl BufRead) -> Result<Arc<Seal>, String> {
+    let mut line = Zeroizing::new(String::with_capacity(128));
+    from.take(MAX_KEY).read_line(&mut line).map_err(|e| broken(&e))?;
+    let digits = line.trim();
+    let mut key = Zeroizing::new([0; 32]);
+    if digits.len() != 64 || !digits.is_ascii() {
+        return Err(broken(&"it begins with no key"));
+    }
+    for (index, byte) in key.iter_mut().enumerate() {
+        let pair = &digits[2 * index..2 * index + 2];
+        *byte = u8::from_str_radix(pair, 16).map_err(|_| broken(&"it begins with no key"))?;
+    }
+    Ok(Arc::new(Seal::new(&key)))
 }
 
 /// Ends this process when the daemon does, whose order comes again: two must not work on the same instance.
@@ -110,18 +125,46 @@ pub(crate) async fn carry_out(
                     let frames: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
                     known.learn_elsewhere(&at_hand(store.cache(), &frames, &seal).map_err(|e| e.to_string())?);
                 }
-                let what = What { disks, memory, files: whole.map(|whole| whole.files) };
+                let touched = whole.as_ref().and_then(|whole| whole.touched.as_deref()).map(ahead::read_touched);
+                let files = whole.map(|whole| whole.files);
+                let what = What { disks, memory, touched: touched.unwrap_or_default(), files };
                 back_up(what, known, seal, Sink { vault, hashes, handle }, &out)
             };
             tokio::task::spawn_blocking(back_up).await.map_err(|e| e.to_string())?
         }
-        PrivateOrder::Restore { home, packs, scratch, disks, files } => {
+        PrivateOrder::Restore { home, packs, scratch, disks, files, begin } => {
             let vault = open_vault(config, &home, infos(&packs))?;
-            let cache = Cache::open(&scratch).map_err(|e| format!("cannot use {}: {e}", scratch.display()))?;
-            let private = FrameStore::new(cache.sealed(seal), vault);
+            let private = open_private(&scratch, seal, vault)?;
             let cache = Cache::open(&config.cache).map_err(|e| format!("cannot open the host's cache: {e}"))?;
             let public = FrameStore::new(cache, open_source(config)?);
-            restore(&Stores { private, public }, &disks, &files, out).await
+            Ok(restore(private, public, (disks, &files), begin, out).await?)
+        }
+    }
+}
+
+/// The owner's frames, kept in `scratch` as they come.
+fn open_private(scratch: &Path, seal: Arc<Seal>, vault: Arc<dyn Vault>) -> Result<FrameStore, String> {
+    let cache = Cache::open(scratch).map_err(|e| format!("cannot use {}: {e}", scratch.display()))?;
+    Ok(FrameStore::new(cache.sealed(seal), vault))
+}
+
+/// Opens what arrives while the machine runs, waiting for a store that is away.
+pub(crate) async fn open_arrival(
+    config: &RunConfig,
+    arriving: &Arriving,
+    seal: &Arc<Seal>,
+    public: &Arc<FrameStore>,
+    open_vault: &OpenVault,
+) -> Result<Arrival, String> {
+    loop {
+        let vault = open_vault(config, &arriving.home, infos(&arriving.packs))?;
+        let private = open_private(&arriving.scratch, seal.clone(), vault)?;
+        match Arrival::open(private, public.clone(), arriving.layers.clone()).await {
+            Err(Trouble::Away(why)) => {
+                tracing::warn!(why, "what is to arrive is not to be had yet");
+                tokio::time::sleep(AWAY).await;
+            }
+            opened => return Ok(opened?),
         }
     }
 }
@@ -218,6 +261,8 @@ async fn recall(vault: &dyn Vault, packs: &[RunPack], hashes: &Path, seal: &Arc<
 struct What {
     disks: Vec<(Name, Disk)>,
     memory: Option<Disk>,
+    /// What of disks and memory was read first when they were last gone on with.
+    touched: BTreeMap<String, Trace>,
     /// The whole instance, with these files.
     files: Option<Vec<(String, PathBuf)>>,
 }
@@ -255,12 +300,18 @@ fn back_up(
                 survey.unused
             }
         };
-        let root = publisher.add(&reader, &unused, &Trace::default(), &progress).map_err(|e| failed(&e))?;
+        let first = what.touched.get(name.as_str());
+        let (root, boot) =
+            add(&mut publisher, &reader, &unused, first, &progress).map_err(|e| failed(&e))?;
         before.fetch_add(size, Ordering::Relaxed);
-        disks.push(StoredDisk { name, size, root });
+        disks.push(StoredDisk { name, size, root, boot });
     }
     let failed = |e: io::Error| format!("the instance cannot be stored: {e}");
-    let add = |disk| publisher.add(&Reader { disk, handle }, &[], &Trace::default(), &progress);
+    let add = |disk| {
+        let first = what.touched.get(MEMORY);
+        let (root, boot) = add(&mut publisher, &Reader { disk, handle }, &[], first, &progress)?;
+        Ok(StoredMemory { root, boot })
+    };
     let memory = what.memory.map(add).transpose().map_err(failed)?;
     let mut files = Vec::new();
     for (name, path) in what.files.into_iter().flatten() {
@@ -273,6 +324,19 @@ fn back_up(
     }
     let (packs, summary) = publisher.finish().map_err(failed)?;
     Ok(PrivateNews::Stored { disks, packs, used_bytes: summary.used_bytes, memory, files })
+}
+
+/// Adds an image, what is read first of it in front. Returns its name, and that of the page that says what this is.
+fn add(
+    publisher: &mut Publisher,
+    reader: &Reader,
+    unused: &[Range<u64>],
+    first: Option<&Trace>,
+    progress: Progress,
+) -> io::Result<(Digest, Option<Digest>)> {
+    let nothing = Trace::default();
+    let root = publisher.add(reader, unused, first.unwrap_or(&nothing), progress)?;
+    Ok((root, first.map(|first| publisher.add_trace(first)).transpose()?))
 }
 
 /// A disk for whoever may block.

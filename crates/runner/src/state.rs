@@ -1,14 +1,17 @@
 //! What the tasks of a runner share: its status, and the orders that come in.
 
-use std::sync::atomic::Ordering;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use collective_model::run::{PROTOCOL, Phase, RunConfig, RunStatus, SaveOrder};
 use collective_store::fetch::FrameStore;
+use collective_store::image::ImageMap;
 use collective_volume::Disk;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::gate::Gate;
+use crate::private::Arrival;
 
 /// Why a machine was not started; trying again as it is would not help.
 #[derive(Debug, thiserror::Error)]
@@ -53,13 +56,31 @@ pub(crate) struct Shared {
     pub disks: Mutex<Vec<Arc<Disk>>>,
     pub gate: Gate,
     pub orders: mpsc::Sender<Order>,
+    /// What comes while the machine runs.
+    pub arrival: Option<Arrival>,
+    /// Bytes of frames that came before anybody waited for them.
+    pub ahead: AtomicU64,
     status: Mutex<RunStatus>,
 }
 
 impl Shared {
-    pub fn new(config: RunConfig, store: Arc<FrameStore>, gate: Gate, orders: mpsc::Sender<Order>) -> Self {
-        let status = RunStatus { protocol: PROTOCOL, pid: std::process::id(), ..Default::default() };
-        Self { config, store, disks: Mutex::default(), gate, orders, status: Mutex::new(status) }
+    pub fn new(
+        config: RunConfig,
+        store: Arc<FrameStore>,
+        gate: Gate,
+        orders: mpsc::Sender<Order>,
+        arrival: Option<Arrival>,
+    ) -> Self {
+        let arrives = arrival.as_ref().map(|_| Default::default());
+        let status = RunStatus { protocol: PROTOCOL, pid: std::process::id(), arrival: arrives, ..Default::default() };
+        Self { config, store, disks: Mutex::default(), gate, orders, arrival, ahead: AtomicU64::new(0), status: Mutex::new(status) }
+    }
+
+    /// What a chain of layers stands on whose lowest one is to arrive, and the layers above that.
+    pub fn arrives<'a>(&self, layers: &'a [PathBuf]) -> (Option<Arc<ImageMap>>, &'a [PathBuf]) {
+        let arrives = self.arrival.as_ref().zip(layers.split_first());
+        let found = arrives.and_then(|(arrival, (lowest, above))| Some((arrival.image(lowest)?, above)));
+        found.map_or((None, layers), |(image, above)| (Some(image), above))
     }
 
     pub fn status(&self) -> MutexGuard<'_, RunStatus> {
@@ -73,10 +94,11 @@ impl Shared {
     /// The status with everything that is counted elsewhere.
     pub fn snapshot(&self) -> RunStatus {
         let mut status = self.status().clone();
-        let counters = &self.store.counters;
-        status.bytes_fetched = counters.fetched.load(Ordering::Relaxed);
-        status.index_bytes_fetched = counters.index_fetched.load(Ordering::Relaxed);
-        status.bytes_from_cache = counters.from_cache.load(Ordering::Relaxed);
+        [status.bytes_fetched, status.index_bytes_fetched, status.bytes_from_cache] = self.store.moved();
+        if let Some(arrival) = status.arrival.as_mut() {
+            arrival.on_demand = status.bytes_fetched.saturating_sub(self.ahead.load(Ordering::Relaxed));
+            arrival.bytes = arrival.bytes.saturating_sub(status.bytes_fetched);
+        }
         status.waiting = self.store.waiting().or(status.waiting);
         status.own_bytes = self.disks().iter().map(|disk| disk.own_bytes()).collect();
         status.ports_open = self.gate.is_open();

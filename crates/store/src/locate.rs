@@ -72,6 +72,11 @@ impl Forms {
         self.deltas.get(digest).into_iter().flatten().map(|form| self.piece(form)).collect()
     }
 
+    /// All that has a form which stands for itself.
+    pub fn digests(&self) -> impl Iterator<Item = Digest> + '_ {
+        self.plain.keys().copied()
+    }
+
     fn piece(&self, form: &Form) -> Piece {
         let (appliance, pack) = &self.packs[form.pack as usize];
         Piece { appliance: appliance.clone(), pack: *pack, entry: form.entry, bases: form.bases.clone() }

@@ -48,6 +48,8 @@ pub struct Disk {
     /// Blocks with an owner other than the image.
     own: AtomicU64,
     recorder: Recorder,
+    /// Whether what is read of layers is noted too.
+    records_layers: bool,
     /// Shared by all who change blocks; alone while old content goes into a block that is not in the top layer yet, so
     /// that it cannot overwrite what another wrote there meanwhile. Never held while something is fetched.
     settling: RwLock<()>,
@@ -77,7 +79,7 @@ impl Disk {
             return Err(DiskError::Layers(layers.len()));
         }
         let layers = layers.iter().map(|path| Layer::open(path, size, false)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { frozen: true, ..Self::over(size, image, store, layers) })
+        Ok(Self { frozen: true, records_layers: true, ..Self::over(size, image, store, layers) })
     }
 
     /// Opens a disk of `size` bytes: `image` under `layers`, oldest first; the last one takes the writes.
@@ -122,6 +124,7 @@ impl Disk {
             owner,
             own,
             recorder,
+            records_layers: false,
             settling: RwLock::new(()),
         }
     }
@@ -159,7 +162,12 @@ impl Disk {
         self.image.as_ref()
     }
 
-    /// Stops noting which blocks of the image are read, and gives them in the order of the first time.
+    /// From here on not only reads of the image are noted, but those of layers too.
+    pub fn record_all(&mut self) {
+        self.records_layers = true;
+    }
+
+    /// Stops noting which blocks are read, and gives them in the order of the first time.
     pub fn stop_recording(&self) -> Trace {
         self.recorder.stop()
     }
@@ -210,6 +218,16 @@ impl Disk {
         None
     }
 
+    fn note(&self, piece: &Piece, at: u64, count: usize) {
+        if match piece {
+            Piece::Zeros => false,
+            Piece::Layer(_) => self.records_layers,
+            Piece::Frame { .. } => true,
+        } {
+            self.recorder.note(at / BLOCK..(at + count as u64).div_ceil(BLOCK));
+        }
+    }
+
     fn clamp(&self, offset: u64, length: usize) -> usize {
         length.min(self.size.saturating_sub(offset) as usize)
     }
@@ -222,11 +240,11 @@ impl Disk {
             let at = offset + done as u64;
             let (piece, count) = self.piece_at(at, out.len() - done);
             let part = &mut out[done..done + count];
+            self.note(&piece, at, count);
             match piece {
                 Piece::Zeros => {}
                 Piece::Layer(layer) => self.layer(layer).read(at, part)?,
                 Piece::Frame { digest, length, from } => {
-                    self.recorder.note(at / BLOCK..(at + count as u64).div_ceil(BLOCK));
                     if !self.store.read_at_hand(&digest, length, from, part).map_err(|e| unreadable(&e))? {
                         return Ok(None);
                     }
@@ -245,11 +263,11 @@ impl Disk {
             let at = offset + done as u64;
             let (piece, count) = self.piece_at(at, out.len() - done);
             let part = &mut out[done..done + count];
+            self.note(&piece, at, count);
             match piece {
                 Piece::Zeros => {}
                 Piece::Layer(layer) => self.layer(layer).read(at, part)?,
                 Piece::Frame { digest, length, from } => {
-                    self.recorder.note(at / BLOCK..(at + count as u64).div_ceil(BLOCK));
                     let frame = self.store.frame_patiently(&digest, length).await.map_err(|e| unreadable(&e))?;
                     copy(&frame, from, part)?;
                 }

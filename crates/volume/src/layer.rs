@@ -167,6 +167,19 @@ impl Layer {
         make(path, size).map_err(|source| LayerError::Io { attempt: "create", path: path.to_owned(), source })
     }
 
+    /// Removes a layer that nobody has open; none is fine too.
+    pub fn remove(path: &Path) -> Result<(), LayerError> {
+        for file in [path.to_owned(), map_path(path)] {
+            match std::fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(LayerError::Io { attempt: "remove", path: file, source: error });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Opens the layer of a disk of `size` bytes. A layer made when the disk was smaller is fine.
     pub fn open(path: &Path, size: u64, writable: bool) -> Result<Self, LayerError> {
         let open = |path: &Path| OpenOptions::new().read(true).write(writable).open(path);

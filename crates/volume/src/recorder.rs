@@ -1,4 +1,4 @@
-//! Notes which blocks of an image are read, in the order of the first time.
+//! Notes which blocks are read, in the order of the first time.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};

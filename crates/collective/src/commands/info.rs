@@ -71,7 +71,7 @@ pub fn document(view: &InstanceView) -> Value {
         "health": seen.map_or(HealthState::Unknown, |s| s.health), "probe_output": seen.and_then(|s| s.probe_output.clone()),
         "checkpoints": seen.map(|s| s.checkpoints.clone()).unwrap_or_default(),
         "suspended": seen.and_then(|s| s.suspended.clone()), "in_store": seen.is_some_and(|s| s.in_store.is_some()), "resumed": seen.is_some_and(|s| s.resumed),
-        "last_pause_us": seen.and_then(last_pause),
+        "last_pause_us": seen.and_then(last_pause), "arrival": seen.and_then(|s| s.arrival),
         "settings": spec.settings, "operations": view.operations,
     })
 }
@@ -142,6 +142,11 @@ fn show(ui: &Ui, view: &InstanceView) {
         Some(0) => field("missing", "nothing; it depends on nobody".into()),
         Some(frames) => field("missing", format!("{frames} frames are still to be fetched")),
         None => {}
+    }
+    if let Some(arrival) = &seen.arrival {
+        let (bytes, on_demand) = (ByteSize(arrival.bytes), ByteSize(arrival.on_demand));
+        let rest = if arrival.complete { "all of it is on this host".into() } else { format!("{bytes} are in the store still") };
+        field("arrival", format!("{rest}; {on_demand} came because the guest waited for them"));
     }
     if let Some(waiting) = &seen.waiting {
         field("waiting", waiting.clone());

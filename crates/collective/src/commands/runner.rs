@@ -33,7 +33,7 @@ impl Runner {
             let done = collective_runner::private(&self.directory, &open_source, &open_vault, order, news).await;
             return Ok(if done { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        let end = collective_runner::run(&self.directory, &open_source).await;
+        let end = collective_runner::run(&self.directory, &open_source, &open_vault, std::io::stdin()).await;
         let fine = !matches!(end.kind, EndKind::NotStarted | EndKind::Crashed);
         Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

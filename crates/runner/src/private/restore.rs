@@ -1,7 +1,8 @@
-//! Private data from the store: disks into layers, files, each from wherever its frames are.
+//! Private data from the store: disks into layers, at once or while they are read, and files; each from wherever its
+//! frames are.
 
-use std::collections::HashSet;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,54 +18,102 @@ use super::{TELL_EVERY, Teller};
 /// Files of an instance are far below it, in bytes.
 const MAX_FILE: u64 = 1 << 30;
 
-/// Where frames come from: those of the owner, and those of the versions that the instance is made of.
-pub(super) struct Stores {
-    pub private: FrameStore,
-    pub public: FrameStore,
+/// Disks and memory that are in the store: their indexes are here, their content may not be.
+pub(crate) struct Arrival {
+    /// All frames: those of the owner, and those of the versions that the instance is made of.
+    pub store: Arc<FrameStore>,
+    parts: Vec<Part>,
 }
 
-/// Brings disks and files.
-pub(super) async fn restore(
-    stores: &Stores,
-    disks: &[RestoreDisk],
-    files: &[RestoreFile],
-    out: &Teller,
-) -> Result<PrivateNews, String> {
-    let nowhere = "private/data".parse().map_err(|e| format!("{e}"))?;
-    let name = &disks.first().ok_or("there are no disks in it")?.name;
-    let gone = |e: &FetchError| not_there(name, e);
-    let (mut maps, mut frames) = (Vec::new(), Vec::new());
-    for disk in disks {
-        stores.private.add_version(&nowhere, &disk.root).await;
-        let map = ImageMap::load(&stores.private, disk.root).await.map_err(|e| not_there(&disk.name, &e))?;
-        if map.size != disk.size || disk.size > disk.becomes {
-            return Err(format!("disk \"{}\" has another size in the backup than the plane recorded", disk.name));
+struct Part {
+    disk: RestoreDisk,
+    map: Arc<ImageMap>,
+    pieces: Vec<Piece>,
+}
+
+impl Arrival {
+    /// Reads the indexes of `disks`; `private` has the owner's packs.
+    pub async fn open(private: FrameStore, public: Arc<FrameStore>, disks: Vec<RestoreDisk>) -> Result<Self, Trouble> {
+        let nowhere = "private/data".parse().map_err(|e| Trouble::Lasting(format!("{e}")))?;
+        if let Some(disk) = disks.first() {
+            private.add_version(&nowhere, &disk.root).await;
         }
-        let below = match &disk.image {
-            Some(image) => {
-                stores.public.add_version(&image.appliance, &image.version).await;
-                let below = ImageMap::load(&stores.public, image.root).await;
-                Some(below.map_err(|e| format!("its version's image is not to be had: {e}"))?)
+        let mut parts = Vec::new();
+        for disk in disks {
+            let map = ImageMap::load(&private, disk.root).await.map_err(|e| not_there(&disk.name, &e))?;
+            if map.size != disk.size || disk.size > disk.becomes {
+                let why = format!("disk \"{}\" has another size in the backup than the plane recorded", disk.name);
+                return Err(Trouble::Lasting(why));
             }
-            None => None,
-        };
-        let pieces = pieces(&map, below.as_ref());
-        frames.extend(pieces.iter().filter_map(|piece| piece.frame));
-        maps.push((map, pieces));
+            let below = match &disk.image {
+                Some(image) => {
+                    public.add_version(&image.appliance, &image.version).await;
+                    let below = ImageMap::load(&public, image.root).await;
+                    Some(below.map_err(|e| Trouble::of(&e, format!("its version's image is not to be had: {e}")))?)
+                }
+                None => None,
+            };
+            let pieces = pieces(&map, below.as_ref());
+            parts.push(Part { disk, map: Arc::new(map), pieces });
+        }
+        let store = private.above(public).await;
+        let store = store.map_err(|e| Trouble::of(&e, format!("its packs cannot be read: {e}")))?;
+        Ok(Self { store: Arc::new(store), parts })
     }
+
+    /// The image that a layer is made of, whole, with all that is below it.
+    pub fn image(&self, layer: &Path) -> Option<Arc<ImageMap>> {
+        self.parts.iter().find(|part| part.disk.layer == layer).map(|part| part.map.clone())
+    }
+
+    /// The page that says what of it is read first.
+    pub fn first(&self, layer: &Path) -> Option<Digest> {
+        self.parts.iter().find(|part| part.disk.layer == layer)?.disk.boot
+    }
+
+    /// Frames that the layers are made of, each once.
+    pub fn frames(&self) -> Vec<Digest> {
+        let pieces = self.parts.iter().flat_map(|part| &part.pieces);
+        let mut frames: Vec<Digest> = pieces.filter_map(|piece| piece.frame).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        frames
+    }
+
+    /// Makes the layers, fetching what is not here; durable when it returns. Returns bytes that are not zeros.
+    pub async fn write_layers(&self) -> Result<u64, Trouble> {
+        let mut bytes = 0;
+        for part in &self.parts {
+            bytes += write(&self.store, part).await?;
+        }
+        Ok(bytes)
+    }
+}
+
+/// Brings disks and files; with `begin` only what a machine needs to begin with them.
+pub(super) async fn restore(
+    private: FrameStore,
+    public: FrameStore,
+    (disks, files): (Vec<RestoreDisk>, &[RestoreFile]),
+    begin: bool,
+    out: &Teller,
+) -> Result<PrivateNews, Trouble> {
+    let name = disks.first().ok_or_else(|| Trouble::Lasting("there are no disks in it".into()))?.name.clone();
+    let arrival = Arrival::open(private, Arc::new(public), disks).await?;
+    let store = &arrival.store;
+    let gone = |e: &FetchError| not_there(&name, e);
+    let mut maps = Vec::new();
     for file in files {
-        let map = ImageMap::load(&stores.private, file.root).await.map_err(|e| gone(&e))?;
-        frames.extend(map.frames());
+        maps.push(ImageMap::load(store, file.root).await.map_err(|e| gone(&e))?);
     }
-    frames.sort_unstable();
-    frames.dedup();
-    let own: HashSet<Digest> = stores.private.known(&frames).await.map_err(|e| gone(&e))?.into_iter().collect();
-    let (own, others): (Vec<Digest>, Vec<Digest>) = frames.into_iter().partition(|frame| own.contains(frame));
-    let lacks = [stores.private.lack(&own).await, stores.public.lack(&others).await];
-    let mut total = 0;
-    for lack in lacks {
-        total += lack.map_err(|e| gone(&e))?.bytes;
+    let layers = arrival.frames();
+    let mut frames: Vec<Digest> = maps.iter().flat_map(ImageMap::frames).collect();
+    if !begin {
+        frames.extend(&layers);
+        frames.sort_unstable();
+        frames.dedup();
     }
+    let total = store.lack(&frames).await.map_err(|e| gone(&e))?.bytes;
     let (done, told) = (AtomicU64::new(0), AtomicU64::new(0));
     let progress = |bytes: u64| {
         let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
@@ -73,17 +122,38 @@ pub(super) async fn restore(
             out.tell(&PrivateNews::Progress { done, total });
         }
     };
-    stores.private.prefetch(&own, &progress).await.map_err(|e| gone(&e))?;
-    stores.public.prefetch(&others, &progress).await.map_err(|e| gone(&e))?;
-    let own: HashSet<Digest> = own.into_iter().collect();
-    let mut bytes = 0;
-    for (disk, (map, pieces)) in disks.iter().zip(&maps) {
-        bytes += write(stores, &own, disk, map.size, pieces).await?;
+    store.prefetch(&frames, &progress).await.map_err(|e| gone(&e))?;
+    let bytes = if begin { 0 } else { arrival.write_layers().await? };
+    for (file, map) in files.iter().zip(&maps) {
+        let written = write_file(store, file, map).await;
+        written.map_err(|e| Trouble::Lasting(format!("{} cannot be written: {e}", file.path.display())))?;
     }
-    for file in files {
-        write_file(stores, &own, file).await.map_err(|e| format!("{} cannot be written: {e}", file.path.display()))?;
+    let missing = store.lack(&layers).await.map_err(|e| gone(&e))?.bytes;
+    let [data, index, _] = store.moved();
+    Ok(PrivateNews::Restored { bytes, fetched: data + index, missing })
+}
+
+/// Why private data is not to be had.
+#[derive(Debug)]
+pub(crate) enum Trouble {
+    /// The store is away.
+    Away(String),
+    /// Trying again does not help.
+    Lasting(String),
+}
+
+impl Trouble {
+    fn of(error: &FetchError, why: String) -> Self {
+        if error.is_away() { Self::Away(why) } else { Self::Lasting(why) }
     }
-    Ok(PrivateNews::Restored { bytes, fetched: done.into_inner() })
+}
+
+impl From<Trouble> for String {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::Away(why) | Trouble::Lasting(why) => why,
+        }
+    }
 }
 
 /// Blocks that differ from what is below.
@@ -129,38 +199,23 @@ fn pieces(map: &ImageMap, below: Option<&ImageMap>) -> Vec<Piece> {
 }
 
 /// What a store that lost, changed or rolled back an object is found out by.
-fn not_there(disk: &Name, error: &FetchError) -> String {
+fn not_there(disk: &Name, error: &FetchError) -> Trouble {
     if error.is_away() {
-        return format!("disk \"{disk}\" cannot be fetched now: {error}");
+        return Trouble::Away(format!("disk \"{disk}\" cannot be fetched now: {error}"));
     }
-    format!(
+    Trouble::Lasting(format!(
         "the store does not have disk \"{disk}\" as the plane recorded it: an object is missing, was damaged, or another or \
          an older one is in its place ({error}). Bring back the store's objects below private/ from a copy of that time, or \
          restore another backup"
-    )
-}
-
-/// Content of a frame, from wherever it is.
-async fn content(
-    stores: &Stores,
-    own: &HashSet<Digest>,
-    frame: &Digest,
-    length: u32,
-) -> Result<Arc<Vec<u8>>, FetchError> {
-    let store = if own.contains(frame) { &stores.private } else { &stores.public };
-    store.frame(frame, length).await
+    ))
 }
 
 /// Writes what of a disk differs from what is below into a new layer; durable when it returns.
-async fn write(
-    stores: &Stores,
-    own: &HashSet<Digest>,
-    disk: &RestoreDisk,
-    size: u64,
-    pieces: &[Piece],
-) -> Result<u64, String> {
-    let failed = |e: &dyn std::fmt::Display| format!("disk \"{}\" cannot be written: {e}", disk.name);
-    Layer::create(&disk.layer, disk.becomes).map_err(|e| failed(&e))?;
+async fn write(store: &FrameStore, part: &Part) -> Result<u64, Trouble> {
+    let Part { disk, map, pieces } = part;
+    let failed = |e: &dyn std::fmt::Display| Trouble::Lasting(format!("disk \"{}\" cannot be written: {e}", disk.name));
+    // What was begun before is begun anew.
+    Layer::remove(&disk.layer).and_then(|()| Layer::create(&disk.layer, disk.becomes)).map_err(|e| failed(&e))?;
     let layer = Layer::open(&disk.layer, disk.becomes, true).map_err(|e| failed(&e))?;
     let mut written = 0;
     for piece in pieces {
@@ -168,9 +223,9 @@ async fn write(
             layer.discard(piece.first, piece.blocks).map_err(|e| failed(&e))?;
             continue;
         };
-        let content = content(stores, own, frame, piece.length).await.map_err(|e| not_there(&disk.name, &e))?;
+        let content = store.frame(frame, piece.length).await.map_err(|e| not_there(&disk.name, &e))?;
         let from = usize::from(piece.offset) * BLOCK as usize;
-        let end = (piece.blocks * BLOCK).min(size - piece.first * BLOCK) as usize;
+        let end = (piece.blocks * BLOCK).min(map.size - piece.first * BLOCK) as usize;
         let part = content.get(from..from + end).ok_or_else(|| failed(&"its index points beyond a frame"))?;
         layer.write(piece.first * BLOCK, part).map_err(|e| failed(&e))?;
         written += part.len() as u64;
@@ -180,9 +235,8 @@ async fn write(
 }
 
 /// Writes a file; durable when it returns.
-async fn write_file(stores: &Stores, own: &HashSet<Digest>, file: &RestoreFile) -> Result<(), String> {
+async fn write_file(store: &FrameStore, file: &RestoreFile, map: &ImageMap) -> Result<(), String> {
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
-    let map = ImageMap::load(&stores.private, file.root).await.map_err(|e| e.to_string())?;
     if file.size > map.size || map.size > MAX_FILE {
         return Err("it has another size than the plane recorded".into());
     }
@@ -190,9 +244,9 @@ async fn write_file(stores: &Stores, own: &HashSet<Digest>, file: &RestoreFile) 
     let mut options = std::fs::File::options();
     let out = options.write(true).create(true).truncate(true).mode(0o600).open(&file.path).map_err(io)?;
     out.set_len(file.size).map_err(io)?;
-    for Piece { first, blocks, frame, length, offset } in pieces(&map, None) {
+    for Piece { first, blocks, frame, length, offset } in pieces(map, None) {
         let Some(frame) = frame else { continue };
-        let content = content(stores, own, &frame, length).await.map_err(|e| e.to_string())?;
+        let content = store.frame(&frame, length).await.map_err(|e| e.to_string())?;
         let from = usize::from(offset) * BLOCK as usize;
         let end = (blocks * BLOCK).min(file.size.saturating_sub(first * BLOCK)) as usize;
         let part = content.get(from..from + end).ok_or("its index points beyond a frame")?;

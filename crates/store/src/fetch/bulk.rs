@@ -111,7 +111,11 @@ impl FrameStore {
         pace: Pace,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<u64, FetchError> {
-        self.fetch_missing(digests, &Terms { pace, progress, take: None }).await
+        let mut moved = 0;
+        for (store, digests) in self.by_home(digests) {
+            moved += store.fetch_missing(&digests, &Terms { pace, progress, take: None }).await?;
+        }
+        Ok(moved)
     }
 
     /// Gives the content of each of `digests` to `take`, once, in any order and from several threads. What is not in the

@@ -43,13 +43,6 @@ impl FrameStore {
         }
     }
 
-    /// Those of `digests` that a pack has, in their order. Reads all directories.
-    pub async fn known(&self, digests: &[Digest]) -> Result<Vec<Digest>, FetchError> {
-        let mut locator = self.locator.lock().await;
-        while self.read_on(&mut locator).await? {}
-        Ok(digests.iter().filter(|digest| locator.forms.plain(digest).is_some()).copied().collect())
-    }
-
     /// The cheapest piece for each of `digests` that is not in the cache.
     pub(super) async fn choose(&self, digests: &[Digest]) -> Result<Vec<Piece>, FetchError> {
         let missing: Vec<Digest> = digests.iter().filter(|digest| !self.cache.has(digest)).copied().collect();
@@ -76,7 +69,7 @@ impl FrameStore {
     }
 
     /// Reads the directories of one more version; false if all were read.
-    async fn read_on(&self, locator: &mut Locator) -> Result<bool, FetchError> {
+    pub(super) async fn read_on(&self, locator: &mut Locator) -> Result<bool, FetchError> {
         let Some((appliance, version)) = locator.versions.get(locator.loaded).cloned() else { return Ok(false) };
         let packs = match locator.reread {
             Some(_) => self.source.packs_anew(&appliance, &version).await,

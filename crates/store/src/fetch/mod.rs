@@ -121,8 +121,17 @@ pub struct FrameStore {
     decoded: Decoded,
     counted: Mutex<HashSet<Digest>>,
     waiting: Mutex<Option<String>>,
+    /// Where all comes from that this one has not.
+    below: Option<Below>,
     /// Bytes moved.
     pub counters: Counters,
+}
+
+/// Another store, for what this one has not.
+struct Below {
+    store: Arc<FrameStore>,
+    /// Everything that this one has.
+    own: HashSet<Digest>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -142,8 +151,47 @@ impl FrameStore {
             decoded: Decoded::new(),
             counted: Default::default(),
             waiting: Default::default(),
+            below: None,
             counters: Default::default(),
         }
+    }
+
+    /// Puts this store above another: what none of its packs has comes from there. Reads all directories.
+    pub async fn above(mut self, store: Arc<FrameStore>) -> Result<Self, FetchError> {
+        let mut locator = self.locator.lock().await;
+        while self.read_on(&mut locator).await? {}
+        let own = locator.forms.digests().collect();
+        drop(locator);
+        self.below = Some(Below { store, own });
+        Ok(self)
+    }
+
+    /// The store that has a frame or page.
+    fn home(&self, digest: &Digest) -> &Self {
+        match &self.below {
+            Some(below) if !below.own.contains(digest) => &below.store,
+            _ => self,
+        }
+    }
+
+    /// Parts frames by the store that has them.
+    fn by_home(&self, digests: &[Digest]) -> Vec<(&Self, Vec<Digest>)> {
+        let Some(below) = &self.below else { return vec![(self, digests.to_vec())] };
+        let (own, others) = digests.iter().partition(|digest| below.own.contains(digest));
+        vec![(self, own), (&below.store, others)]
+    }
+
+    /// Whether a frame is at hand without the network.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.home(digest).cache.has(digest)
+    }
+
+    /// Stored bytes moved, of data frames and of indexes, and those of frames that the cache had.
+    pub fn moved(&self) -> [u64; 3] {
+        let Counters { fetched, index_fetched, from_cache } = &self.counters;
+        let below = self.below.as_ref().map_or([0; 3], |below| below.store.moved());
+        let own = [fetched, index_fetched, from_cache].map(|counter| counter.load(Ordering::Relaxed));
+        std::array::from_fn(|i| own[i] + below[i])
     }
 
     /// Makes the packs of a version known. Nothing is fetched until a frame is missing.
@@ -161,7 +209,7 @@ impl FrameStore {
 
     /// Why readers are waiting, if they are.
     pub fn waiting(&self) -> Option<String> {
-        lock(&self.waiting).clone()
+        lock(&self.waiting).clone().or_else(|| self.below.as_ref()?.store.waiting())
     }
 
     /// The frame if it is at hand without the network.
@@ -182,6 +230,10 @@ impl FrameStore {
 
     /// Fills `part` from byte `from` of a frame if that is at hand without the network; false if it is not.
     pub fn read_at_hand(&self, digest: &Digest, length: u32, from: usize, part: &mut [u8]) -> Result<bool, FetchError> {
+        self.home(digest).read_here(digest, length, from, part)
+    }
+
+    fn read_here(&self, digest: &Digest, length: u32, from: usize, part: &mut [u8]) -> Result<bool, FetchError> {
         if self.decoded.read(&self.cache, digest, from as u64, part)? {
             if lock(&self.counted).insert(*digest) {
                 self.counters.from_cache.fetch_add(self.cache.stored_bytes(digest), Ordering::Relaxed);
@@ -205,6 +257,10 @@ impl FrameStore {
 
     /// A data frame of `length` bytes.
     pub async fn frame(&self, digest: &Digest, length: u32) -> Result<Arc<Vec<u8>>, FetchError> {
+        self.home(digest).frame_here(digest, length).await
+    }
+
+    async fn frame_here(&self, digest: &Digest, length: u32) -> Result<Arc<Vec<u8>>, FetchError> {
         if let Some(content) = self.at_hand(digest, length)? {
             return Ok(content);
         }
@@ -256,9 +312,10 @@ impl FrameStore {
 
     /// An index page.
     pub async fn page(&self, digest: &Digest) -> Result<Vec<u8>, FetchError> {
-        match self.cache.get(digest)? {
+        let home = self.home(digest);
+        match home.cache.get(digest)? {
             Some(cached) => Ok(cached.content),
-            None => self.fetch_one(digest, None).await,
+            None => home.fetch_one(digest, None).await,
         }
     }
 
@@ -312,9 +369,13 @@ impl FrameStore {
 
     /// What the host lacks of `digests`, in the forms that [`prefetch`](Self::prefetch) would fetch.
     pub async fn lack(&self, digests: &[Digest]) -> Result<Lack, FetchError> {
-        let pieces = self.choose(digests).await?;
-        let bytes = pieces.iter().map(|piece| u64::from(piece.entry.stored)).sum();
-        Ok(Lack { frames: pieces.len() as u64, bytes })
+        let mut lack = Lack::default();
+        for (store, digests) in self.by_home(digests) {
+            let pieces = store.choose(&digests).await?;
+            lack.frames += pieces.len() as u64;
+            lack.bytes += pieces.iter().map(|piece| u64::from(piece.entry.stored)).sum::<u64>();
+        }
+        Ok(lack)
     }
 }
 
