@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::MEMORY;
 use crate::private::Arrival;
-use crate::state::Shared;
+use crate::state::{Order, Shared};
 
 /// A guest without a health check is taken to be up after this time.
 const UP_WITHOUT_CHECK: Duration = Duration::from_secs(60);
@@ -169,6 +169,10 @@ async fn until_up(shared: &Shared, limit: Duration) -> bool {
 pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Option<Arc<Disk>>, to: PathBuf) {
     let up = until_up(&shared, RECORD_FOR).await;
     sleep(RECORD_ON).await;
+    if memory.is_some() {
+        // One that is over has no reader.
+        let _ = shared.orders.send(Order::ReadOn).await;
+    }
     let names = shared.config.disks.iter().map(|disk| disk.name.to_string()).chain([MEMORY.to_owned()]);
     let traces = disks.iter().chain(&memory).map(|disk| disk.stop_recording());
     let traces: BTreeMap<String, Trace> = names.zip(traces).collect();

@@ -190,6 +190,7 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
     // Before anybody is told that it runs, and may ask for its ports.
     forward(&vm, shared).await?;
     if config.resume.is_some() {
+        read_singly(&vm, true).await;
         vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
         if let Err(error) = vm.announce().await {
             tracing::warn!(%error, "the network is not told where the guest is now");
@@ -203,6 +204,13 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         status.started_in_ms = Some(Timestamp::now().since_ms(config.ordered));
     }
     Ok((vm, events, Saver::new(platform, config.resume.as_ref())))
+}
+
+/// Memory is read as the guest touches it, so that what comes over the network and what is noted is what is needed.
+async fn read_singly(vm: &vmm::Vm, singly: bool) {
+    if let Err(error) = vm.page_by_page(singly).await {
+        tracing::warn!(%error, "memory is read with what is near");
+    }
 }
 
 fn describe(layout: &Layout, config: &RunConfig) -> Result<vmm::Machine, NotStarted> {
@@ -319,6 +327,7 @@ impl Running {
                             asked = true;
                             deadline = Some(Instant::now());
                         }
+                        Order::ReadOn => read_singly(vm, false).await,
                         Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
                         Order::Save(order) => {
                             let outcome = saver.save(vm, shared, &order).await;

@@ -45,6 +45,8 @@ impl NotStarted {
 pub(crate) enum Order {
     Stop { limit_ms: u64 },
     PowerOff,
+    /// The machine that went on is up: its memory is read as any other.
+    ReadOn,
     Forward { port: u16, done: oneshot::Sender<Result<(), String>> },
     Save(SaveOrder),
 }

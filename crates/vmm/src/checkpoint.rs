@@ -23,14 +23,30 @@ pub struct Resume {
 impl Vm {
     /// The guest's memory. To be called once for each machine.
     pub async fn memory(&self) -> Result<GuestMemory, VmError> {
-        let failed = |reason: String| VmError::Memory { doing: "look into the guest's memory", reason };
+        self.with_ram("look into the guest's memory", GuestMemory::attach).await
+    }
+
+    /// Whether the guest's memory, where that is a file, is read page by page as the guest touches it, so that exactly
+    /// what it touches is read; or with what is near, which takes fewer reads.
+    pub async fn page_by_page(&self, singly: bool) -> Result<(), VmError> {
+        let advise = move |process, start, size| memory::page_by_page(process, start, size, singly);
+        self.with_ram("say how the guest's memory is read", advise).await
+    }
+
+    /// Calls `act` with QEMU's process, and where in it the guest's memory begins and how long it is.
+    async fn with_ram<T: Send + 'static>(
+        &self,
+        doing: &'static str,
+        act: impl FnOnce(u32, u64, u64) -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, VmError> {
+        let failed = |reason: String| VmError::Memory { doing, reason };
         let blocks = self.blocks().await?;
         let ram =
             blocks.iter().find(|block| block.name == RAM).ok_or_else(|| failed("QEMU does not list it".into()))?;
         let (process, start, size) = (self.pid(), ram.address, ram.used);
         // It waits for the process to stop for a moment.
-        let attached = tokio::task::spawn_blocking(move || GuestMemory::attach(process, start, size)).await;
-        attached.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))
+        let done = tokio::task::spawn_blocking(move || act(process, start, size)).await;
+        done.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))
     }
 
     /// Saves everything but memory and disks; the machine must be paused, and stays so.

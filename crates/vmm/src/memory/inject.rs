@@ -1,8 +1,9 @@
-//! Has another process ask the kernel to note which pages of a range are written.
+//! Has another process ask the kernel to note which pages of a range are written, or tell it how they are read.
 //!
-//! The kernel does this for a process's own memory only (userfaultfd(2), UFFD_FEATURE_WP_ASYNC, Linux 6.7), and QEMU does
-//! not know of it. So its main thread is stopped for a moment, as a debugger does for a call (ptrace(2)), makes three system
-//! calls, and goes on where it was. No fault is ever handled by anybody: the kernel notes the write and lets it through.
+//! The kernel does this for a process's own memory only (userfaultfd(2), UFFD_FEATURE_WP_ASYNC, Linux 6.7; madvise(2)), and
+//! QEMU does not know of it. So its main thread is stopped for a moment, as a debugger does for a call (ptrace(2)), makes
+//! some system calls, and goes on where it was. No fault is ever handled by anybody: the kernel notes the write and lets it
+//! through.
 
 use std::ffi::c_void;
 use std::io;
@@ -44,6 +45,14 @@ pub(super) fn track(pid: u32, start: u64, length: u64) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Has process `pid`, a child of ours, tell the kernel how `length` bytes at `start` are read. Nobody else may wait for the
+/// child's stops meanwhile.
+pub(super) fn advise(pid: u32, start: u64, length: u64, advice: i32) -> io::Result<()> {
+    let instruction = find_syscall(pid)?;
+    let mut stopped = Stopped::attach(pid as i32)?;
+    stopped.call(instruction, libc::SYS_madvise, [start, length, advice as u64]).map(|_| ())
 }
 
 /// A system call instruction that every process has: in the kernel's own page of code.

@@ -82,6 +82,11 @@ pub fn tracks_writes() -> Result<(), String> {
     }
 }
 
+/// Says whether `length` bytes of QEMU, our child, at `start` are read page by page, or with what is near them.
+pub(crate) fn page_by_page(process: u32, start: u64, length: u64, singly: bool) -> io::Result<()> {
+    inject::advise(process, start, length, if singly { libc::MADV_RANDOM } else { libc::MADV_NORMAL })
+}
+
 /// Copies from QEMU's own memory.
 pub(crate) fn read_at(process: u32, address: u64, length: usize) -> io::Result<Vec<u8>> {
     let mut content = vec![0; length];
