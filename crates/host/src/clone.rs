@@ -16,9 +16,11 @@ impl Instance {
         let other: Option<Record> = read_json(&record_path(&home)).map_err(|e| e.to_string())?;
         let other = other.ok_or("the instance it is a copy of is not on this host any more")?;
         if other.arriving.is_some() {
-            return Err("a part of that instance is in the store still; copy it when `collective info` says that it depends \
+            return Err(
+                "a part of that instance is in the store still; copy it when `collective info` says that it depends \
                         on nobody"
-                .into());
+                    .into(),
+            );
         }
         let kept = other.checkpoints.iter().find(|kept| kept.info.id == origin.checkpoint);
         let kept = kept.ok_or("that checkpoint is not kept any more")?;

@@ -15,6 +15,7 @@ mod instance;
 mod link;
 mod private;
 mod record;
+mod rehearsal;
 mod report;
 mod saving;
 mod seed;

@@ -57,11 +57,17 @@ pub fn spawn_sender(command: &[OsString], dir: &Path, disk: &Name) -> std::io::R
 }
 
 /// Starts a process that does something with the private data of the machine in `dir`: it reads an order from its standard
-/// input, tells how it is going on its standard output, and is killed with its handle.
+/// input, tells how it is going on its standard output, and ends with us, and with its handle.
 pub fn spawn_private(command: &[OsString], dir: &Path) -> std::io::Result<tokio::process::Child> {
     let (mut runner, _) = runner(command, dir)?;
     let pipe = std::process::Stdio::piped;
     runner.arg("--private").stdin(pipe()).stdout(pipe()).kill_on_drop(true).spawn()
+}
+
+/// Starts a runner for `dir` that ends with us, and with its handle.
+pub fn spawn_rehearsal(command: &[OsString], dir: &Path) -> std::io::Result<tokio::process::Child> {
+    let (mut runner, log) = runner(command, dir)?;
+    runner.stdin(std::process::Stdio::piped()).stdout(log).kill_on_drop(true).spawn()
 }
 
 /// A runner's command line, and the log that its words go to.

@@ -42,10 +42,11 @@ impl Instance {
         let home = self.record.spec.id.clone();
         let hashes = self.folder.join(HASHES);
         let order = PrivateOrder::Backup { home: home.clone(), known, hashes: hashes.clone(), disks, whole: None };
-        let (disks, packs, used_bytes) = match self.run_private(Some(id), &key, &order, "encrypting and storing").await? {
-            PrivateNews::Stored { disks, packs, used_bytes, .. } => (disks, packs, used_bytes),
-            other => return Err(format!("its runner answered something else: {other:?}")),
-        };
+        let (disks, packs, used_bytes) =
+            match self.run_private(Some(id), &key, &order, "encrypting and storing").await? {
+                PrivateNews::Stored { disks, packs, used_bytes, .. } => (disks, packs, used_bytes),
+                other => return Err(format!("its runner answered something else: {other:?}")),
+            };
         let backup = Backup {
             id: id.as_str().parse()?,
             instance: home,

@@ -155,6 +155,7 @@ impl Instance {
             credentials: self.context.config.credentials.clone(),
             resume: None,
             arriving: self.record.arriving.clone(),
+            rehearsal: false,
         })
     }
 

@@ -10,15 +10,14 @@
 //! owner is told; so the old host needs not be asked again, and what it has left goes when the new one has it.
 
 use collective_api::{Backup, BackupDisk, PrivateGrant, Whole, WholeDisk, WholeFile, WholeMachine};
-use collective_model::run::TOUCHED;
-use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RestoreFile, StoredDisk, WholeOrder};
 use collective_model::run::Arriving;
+use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RestoreFile, StoredDisk, WholeOrder};
 use collective_model::{BackupId, ByteSize, CheckpointMachine, Generation, OperationId, State, Timestamp, Trigger};
 use collective_store::PackInfo;
 use serde_json::{Value, json};
 
-use crate::instance::Instance;
 use crate::arriving::ARRIVING;
+use crate::instance::Instance;
 use crate::private::{HASHES, run_pack};
 use crate::record::{DiskRecord, MachineRecord, SuspendedRecord, layer_path, state_path};
 
@@ -55,6 +54,7 @@ impl Instance {
         let PrivateGrant { key, backup: before } = self.grant(id).await?;
         let machine = self.record.suspended.as_ref().map(|suspended| suspended.machine.clone());
         let hashes = self.folder.join(HASHES);
+        let touched = self.learn_what_is_read_first().await;
         let order = PrivateOrder::Backup {
             home: self.record.spec.id.clone(),
             known: before.iter().flat_map(|backup| &backup.packs).map(run_pack).collect(),
@@ -64,7 +64,7 @@ impl Instance {
                 version: self.record.version,
                 memory: machine.iter().flat_map(|m| &m.memory).map(|layer| layer_path(&self.folder, *layer)).collect(),
                 memory_size: machine.as_ref().map_or(0, |machine| machine.memory_mib << 20),
-                touched: machine.is_some().then(|| self.run_dir.join(TOUCHED)),
+                touched,
                 files: self.files(machine.as_ref()),
             }),
         };
@@ -183,7 +183,15 @@ impl Instance {
             let size = machine.memory_mib << 20;
             let layer = layer_path(&self.folder, memory);
             let name = "memory".parse().map_err(|e| format!("{e}"))?;
-            restore.push(RestoreDisk { name, root: machine.memory, size, becomes: size, layer, image: None, boot: machine.boot });
+            restore.push(RestoreDisk {
+                name,
+                root: machine.memory,
+                size,
+                becomes: size,
+                layer,
+                image: None,
+                boot: machine.boot,
+            });
         }
         let place = |file: &WholeFile| {
             let path = match file.name.as_str() {
@@ -206,7 +214,8 @@ impl Instance {
         let Arriving { home, packs, scratch, layers: disks_to_come } = arriving.clone();
         let order = PrivateOrder::Restore { home, packs, scratch, disks: disks_to_come, files, begin: true };
         self.record.version = backup.version;
-        let PrivateNews::Restored { fetched, missing, .. } = self.run_private(Some(id), key, &order, "fetching").await?
+        let PrivateNews::Restored { fetched, missing, .. } =
+            self.run_private(Some(id), key, &order, "fetching").await?
         else {
             return Err("its runner answered something else".into());
         };

@@ -70,6 +70,9 @@ pub struct RunConfig {
     /// Layers that are not here yet. The key for them is the first line of the runner's standard input.
     #[serde(default)]
     pub arriving: Option<Arriving>,
+    /// Only learn what is read first, and end; also when standard input does.
+    #[serde(default)]
+    pub rehearsal: bool,
 }
 
 /// Layers that come from the owner's data in the store while the machine runs, and what is needed for that.

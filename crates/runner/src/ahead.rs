@@ -27,7 +27,11 @@ const UP_WITHOUT_CHECK: Duration = Duration::from_secs(60);
 const RECORD_FOR: Duration = Duration::from_secs(3600);
 /// A guest reads on after its first healthy answer.
 const RECORD_ON: Duration = Duration::from_secs(5);
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// A rehearsal is not worth more.
+const REHEARSE_FOR: Duration = Duration::from_secs(5);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// What is fetched at once beside a guest that may wait for something else should take about so long.
+const PART: Duration = Duration::from_millis(500);
 /// After a failure.
 const PAUSE: Duration = Duration::from_secs(3);
 
@@ -39,11 +43,19 @@ pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Op
         count(&shared, &all).await;
     }
     let first = wanted_first(&shared, &disks, memory.as_ref()).await;
+    let arrives = shared.arrival.is_some();
+    tracing::info!(frames = first.len(), of = all.len(), "what is read first");
     if !first.is_empty() {
-        until_here(&shared, &first, Pace::AHEAD, &all).await;
+        match arrives {
+            true => gently(&shared, &first, &all).await,
+            false => until_here(&shared, &first, Pace::AHEAD, &all).await,
+        }
         // With all of that here, it is as fast as from a disk, or needs something that nobody foresaw.
         let limit = shared.config.health.as_ref().map_or(UP_WITHOUT_CHECK, |check| check.limit.0);
         until_up(&shared, limit).await;
+    }
+    if arrives {
+        gently(&shared, &all, &all).await;
     }
     until_here(&shared, &all, Pace::BESIDE, &all).await;
     if let Some(arrival) = &shared.arrival {
@@ -119,6 +131,23 @@ async fn boot_trace(shared: &Shared, page: &Digest) -> Result<Trace, FetchError>
     }
 }
 
+/// As [`until_here`], in parts that take about half a second each: whatever the link, a guest that waits for something else
+/// does not wait long.
+async fn gently(shared: &Shared, frames: &[Digest], all: &[Digest]) {
+    let (mut rest, mut count) = (frames, 1);
+    while !rest.is_empty() {
+        let (part, others) = rest.split_at(count.min(rest.len()));
+        let begun = Instant::now();
+        until_here(shared, part, Pace::AHEAD, all).await;
+        count = match begun.elapsed() {
+            took if took < PART / 2 => count * 2,
+            took if took > PART * 2 => (count / 2).max(1),
+            _ => count,
+        };
+        rest = others;
+    }
+}
+
 async fn until_here(shared: &Shared, frames: &[Digest], pace: Pace, all: &[Digest]) {
     loop {
         let missing = all.iter().filter(|frame| !shared.store.has(frame)).count();
@@ -167,8 +196,14 @@ async fn until_up(shared: &Shared, limit: Duration) -> bool {
 /// Writes into `to` which blocks the guest read until it was up, for whoever publishes the next version; of a machine that
 /// went on also which pages, for whoever brings it elsewhere the next time.
 pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Option<Arc<Disk>>, to: PathBuf) {
-    let up = until_up(&shared, RECORD_FOR).await;
-    sleep(RECORD_ON).await;
+    let up = if shared.config.rehearsal {
+        until_up(&shared, REHEARSE_FOR).await;
+        true
+    } else {
+        let up = until_up(&shared, RECORD_FOR).await;
+        sleep(RECORD_ON).await;
+        up
+    };
     if memory.is_some() {
         // One that is over has no reader.
         let _ = shared.orders.send(Order::ReadOn).await;
@@ -179,11 +214,16 @@ pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: O
     if !up {
         return;
     }
+    let blocks: u32 = traces.values().flat_map(|trace| &trace.0).map(|(_, count)| count).sum();
+    tracing::info!(blocks, healthy = shared.status().health == HealthState::Healthy, "noted what was read first");
     let part = to.with_extension("part");
     let written = serde_json::to_vec(&traces).map_err(std::io::Error::from);
     let written = written.and_then(|bytes| std::fs::write(&part, bytes)).and_then(|()| std::fs::rename(&part, &to));
     if let Err(error) = written {
-        tracing::warn!(%error, "what the guest read while it booted cannot be noted");
+        tracing::warn!(%error, "what the guest read until it was up cannot be noted");
+    }
+    if shared.config.rehearsal {
+        let _ = shared.orders.send(Order::PowerOff).await;
     }
 }
 

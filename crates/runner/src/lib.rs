@@ -90,14 +90,23 @@ struct Ways<'a> {
 /// Opens the store that credentials lead to, keeping versions in the host's folder.
 pub type OpenSource = dyn Fn(&RunConfig) -> Result<Arc<dyn Source>, String> + Send + Sync;
 
-/// Runs the instance in `dir` to its end. Where some of it is to arrive, the key for that comes from `key`. The returned
-/// end is also in `end.json`.
-pub async fn run(dir: &Path, open_source: &OpenSource, open_vault: &OpenVault, key: impl std::io::Read) -> RunEnd {
+/// Runs the instance in `dir` to its end. Where some of it is to arrive, the key for that comes from `input`; a rehearsal
+/// ends with it. The returned end is also in `end.json`.
+pub async fn run(
+    dir: &Path,
+    open_source: &OpenSource,
+    open_vault: &OpenVault,
+    input: impl std::io::Read + Send + 'static,
+) -> RunEnd {
     let layout = Layout { dir: dir.to_owned() };
     let prepare = || {
         let config = read_config(&layout)?;
-        let seal = config.arriving.as_ref().map(|_| private::read_key(&mut std::io::BufReader::new(key)));
-        Ok::<_, String>((config, seal.transpose()?))
+        let mut input = std::io::BufReader::new(input);
+        let seal = config.arriving.as_ref().map(|_| private::read_key(&mut input)).transpose()?;
+        if config.rehearsal {
+            private::end_with(input);
+        }
+        Ok::<_, String>((config, seal))
     };
     let end = match prepare() {
         Ok((config, seal)) => machine::run(&layout, config, &Ways { open_source, open_vault, seal }).await,

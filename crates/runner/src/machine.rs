@@ -79,7 +79,9 @@ async fn start(
         Ok((vm, events, saver)) => {
             let to = if memory.is_some() { layout.touched() } else { layout.trace() };
             tokio::spawn(ahead::record(shared.clone(), disks.clone(), memory.clone(), to));
-            tokio::spawn(ahead::fetch(shared.clone(), disks, memory));
+            if !shared.config.rehearsal {
+                tokio::spawn(ahead::fetch(shared.clone(), disks, memory));
+            }
             Ok(Running { shared, vm, events, saver, mount, layout: layout.clone() })
         }
         Err(error) => {

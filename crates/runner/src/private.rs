@@ -15,7 +15,9 @@ use std::time::Duration;
 
 use collective_disk::ReadAt;
 use collective_model::run::{Arriving, RunConfig, RunDisk};
-use collective_model::run_private::{PrivateNews, PrivateOrder, RunPack, StoredDisk, StoredFile, StoredMemory, WholeOrder};
+use collective_model::run_private::{
+    PrivateNews, PrivateOrder, RunPack, StoredDisk, StoredFile, StoredMemory, WholeOrder,
+};
 use collective_model::{Digest, InstanceId, Name};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
@@ -29,8 +31,8 @@ use rayon::prelude::*;
 use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
-use crate::{MEMORY, OpenSource, ahead};
 use crate::send::open;
+use crate::{MEMORY, OpenSource, ahead};
 use restore::{Trouble, restore};
 
 pub(crate) use restore::Arrival;
@@ -286,6 +288,10 @@ fn back_up(
     };
     let handle = sink.handle.clone();
     let mut publisher = Publisher::new(known, &mut sink).sealing(seal);
+    if what.files.is_some() {
+        // It is gone on with before it has arrived.
+        publisher = publisher.finely();
+    }
     let mut disks = Vec::new();
     for (name, disk) in what.disks {
         let failed = |e: &dyn std::fmt::Display| format!("disk \"{name}\" cannot be stored: {e}");
@@ -301,8 +307,7 @@ fn back_up(
             }
         };
         let first = what.touched.get(name.as_str());
-        let (root, boot) =
-            add(&mut publisher, &reader, &unused, first, &progress).map_err(|e| failed(&e))?;
+        let (root, boot) = add(&mut publisher, &reader, &unused, first, &progress).map_err(|e| failed(&e))?;
         before.fetch_add(size, Ordering::Relaxed);
         disks.push(StoredDisk { name, size, root, boot });
     }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use collective_model::{HealthCheck, HealthState, HttpProbe, Timestamp};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -12,6 +12,8 @@ use crate::state::Shared;
 
 /// How much of an answer is kept to be shown.
 const SHOWN: usize = 400;
+/// How often it is tried until it answers, if not more often.
+const FIRST: Duration = Duration::from_millis(500);
 /// A healthy instance is unhealthy after this many failed probes in a row.
 const PATIENCE: u32 = 3;
 
@@ -43,7 +45,8 @@ pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAdd
                 }
             }
         }
-        tokio::time::sleep(check.interval.0).await;
+        let pause = if answered { check.interval.0 } else { check.interval.0.min(FIRST) };
+        tokio::time::sleep(pause).await;
     }
 }
 

@@ -43,11 +43,16 @@ impl NotStarted {
 /// What a daemon may order.
 #[derive(Debug)]
 pub(crate) enum Order {
-    Stop { limit_ms: u64 },
+    Stop {
+        limit_ms: u64,
+    },
     PowerOff,
     /// The machine that went on is up: its memory is read as any other.
     ReadOn,
-    Forward { port: u16, done: oneshot::Sender<Result<(), String>> },
+    Forward {
+        port: u16,
+        done: oneshot::Sender<Result<(), String>>,
+    },
     Save(SaveOrder),
 }
 
@@ -75,7 +80,16 @@ impl Shared {
     ) -> Self {
         let arrives = arrival.as_ref().map(|_| Default::default());
         let status = RunStatus { protocol: PROTOCOL, pid: std::process::id(), arrival: arrives, ..Default::default() };
-        Self { config, store, disks: Mutex::default(), gate, orders, arrival, ahead: AtomicU64::new(0), status: Mutex::new(status) }
+        Self {
+            config,
+            store,
+            disks: Mutex::default(),
+            gate,
+            orders,
+            arrival,
+            ahead: AtomicU64::new(0),
+            status: Mutex::new(status),
+        }
     }
 
     /// What a chain of layers stands on whose lowest one is to arrive, and the layers above that.

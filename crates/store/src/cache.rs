@@ -71,10 +71,16 @@ impl Cache {
         &self.root
     }
 
-    /// The same for private data: what is kept stays sealed, and nothing else is believed. Never for a folder that other
+    /// The same for private data: what comes is kept sealed, and nothing else is believed; only what a guest reads is kept
+    /// decoded too, as its disks are. Never for a folder that other
     /// frames are in.
     pub fn sealed(self, seal: Arc<Seal>) -> Self {
         Self { form: Form(Some(seal)), ..self }
+    }
+
+    /// The name of a frame's content.
+    pub(crate) fn name_of(&self, content: &[u8]) -> Digest {
+        self.form.name(content)
     }
 
     /// Decodes what a pack says it holds, and verifies it.

@@ -8,7 +8,6 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use collective_model::Digest;
@@ -50,7 +49,7 @@ impl Decoded {
         let open = self.files().open.get(digest).cloned();
         let file = match open {
             Some(file) => file,
-            None => match self.open(&cache.decoded_path(digest), digest)? {
+            None => match self.open(cache, digest)? {
                 Some(file) => file,
                 None => return Ok(false),
             },
@@ -59,8 +58,9 @@ impl Decoded {
         file.read_exact_at(part, offset).map(|()| true)
     }
 
-    fn open(&self, path: &Path, digest: &Digest) -> io::Result<Option<Arc<File>>> {
-        let file = match File::open(path) {
+    fn open(&self, cache: &Cache, digest: &Digest) -> io::Result<Option<Arc<File>>> {
+        let path = cache.decoded_path(digest);
+        let file = match File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
@@ -71,7 +71,7 @@ impl Decoded {
         if self.files().verified.get(digest) != Some(&stamp) {
             let mut content = vec![0; meta.len() as usize];
             let whole = file.read_exact_at(&mut content, 0).is_ok();
-            if !whole || Digest::of(&content) != *digest {
+            if !whole || cache.name_of(&content) != *digest {
                 tracing::warn!(frame = %digest, "a decoded frame in the cache is damaged; it is removed");
                 std::fs::remove_file(path)?;
                 return Ok(None);

@@ -62,6 +62,7 @@ pub struct Publisher<'a> {
     waiting_bytes: usize,
     level: i32,
     form: Form,
+    frame_blocks: usize,
     used_packs: HashSet<Digest>,
     summary: Summary,
 }
@@ -129,6 +130,7 @@ impl<'a> Publisher<'a> {
             waiting_bytes: 0,
             level: LEVEL,
             form: Form::default(),
+            frame_blocks: FRAME_BLOCKS,
             used_packs: HashSet::new(),
             summary: Summary::default(),
         }
@@ -138,6 +140,13 @@ impl<'a> Publisher<'a> {
     /// `bases`.
     pub fn with_bases(mut self, bases: &'a dyn BaseReader) -> Self {
         self.bases = Some(bases);
+        // What an update brings is cut as finely as it is compared with the old.
+        self.finely()
+    }
+
+    /// Cuts what is new into shorter frames, for whoever reads a few blocks here and there and waits for each.
+    pub fn finely(mut self) -> Self {
+        self.frame_blocks = PART_BLOCKS;
         self
     }
 
@@ -152,11 +161,6 @@ impl<'a> Publisher<'a> {
         self.form = Form(Some(seal));
         self.bases = None;
         self
-    }
-
-    /// Blocks of a frame. What an update brings is cut as finely as it is compared with the old.
-    fn frame_blocks(&self) -> usize {
-        if self.bases.is_some() { PART_BLOCKS } else { FRAME_BLOCKS }
     }
 
     /// Takes up a boot trace and returns the name of its page.
@@ -241,7 +245,7 @@ impl<'a> Publisher<'a> {
         self.open.blocks.push(hash);
         self.known.by_hash.add(&hash);
         self.summary.new_bytes += BLOCK;
-        if self.open.blocks.len() == self.frame_blocks() {
+        if self.open.blocks.len() == self.frame_blocks {
             self.close_frame();
             if self.waiting_bytes >= BATCH_BYTES {
                 self.flush_frames()?;

@@ -145,7 +145,11 @@ fn show(ui: &Ui, view: &InstanceView) {
     }
     if let Some(arrival) = &seen.arrival {
         let (bytes, on_demand) = (ByteSize(arrival.bytes), ByteSize(arrival.on_demand));
-        let rest = if arrival.complete { "all of it is on this host".into() } else { format!("{bytes} are in the store still") };
+        let rest = if arrival.complete {
+            "all of it is on this host".into()
+        } else {
+            format!("{bytes} are in the store still")
+        };
         field("arrival", format!("{rest}; {on_demand} came because the guest waited for them"));
     }
     if let Some(waiting) = &seen.waiting {
