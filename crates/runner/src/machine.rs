@@ -27,6 +27,8 @@ const RETRY_PAUSED: Duration = Duration::from_secs(5);
 const TIDY_EVERY: Duration = Duration::from_secs(10);
 /// Some guests miss the first press of the power button while they boot.
 const PRESS_AGAIN: Duration = Duration::from_secs(5);
+/// The drive that tells the guest who it is.
+const SEED: &str = "seed";
 /// Where Debian and Ubuntu keep the UEFI code.
 const OVMF_CODE: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd"];
 
@@ -178,6 +180,9 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         if let Err(error) = vm.announce().await {
             tracing::warn!(%error, "the network is not told where the guest is now");
         }
+        if let Err(error) = vm.tell_of_content(SEED).await {
+            tracing::warn!(%error, "the guest is not told that its seed disk has changed; it learns at its next boot");
+        }
     }
     {
         let mut status = shared.status();
@@ -211,7 +216,7 @@ fn describe(layout: &Layout, config: &RunConfig) -> Result<vmm::Machine, NotStar
             boot_index: Some(index),
         })
         .collect();
-    drives.push(vmm::Drive { name: "seed".into(), path: config.seed.clone(), read_only: true, boot_index: None });
+    drives.push(vmm::Drive { name: SEED.into(), path: config.seed.clone(), read_only: true, boot_index: None });
     let outbound = if config.outbound { vmm::Outbound::Internet } else { vmm::Outbound::None };
     Ok(vmm::Machine {
         name: config.name.to_string(),

@@ -9,6 +9,7 @@
 //! * `spawn`, `run_dir`: the process itself, its rights and its files.
 //! * `qmp`, `event`, `vm`: talking to it.
 //! * `memory`, `state`, `checkpoint`: a machine as data: what it is beside its disks, saved and brought back.
+//! * `notice`: a guest that goes on learns of other content of a disk.
 //! * `guard`: keeps the guest away from the host's own addresses, without root and without a firewall.
 
 mod accelerator;
@@ -20,6 +21,7 @@ mod guard;
 mod kvm_probe;
 mod machine;
 mod memory;
+mod notice;
 mod qemu;
 mod qmp;
 mod run_dir;
