@@ -72,6 +72,7 @@ fn suspend_and_resume_under_load() {
     let info = fleet.info("n");
     assert_eq!(info["state"], "suspended");
     assert_eq!(info["suspended"]["platform"]["accelerator"], "tcg", "{info}");
+    assert_eq!(info["suspended"]["platform"]["cpu"], "max", "{info}");
     // Again is no mistake; what needs a machine says what to do.
     assert_eq!(fleet.json(&["suspend", "n"])["state"], "suspended");
     for command in [["restart", "n"], ["rollback", "n"]] {
@@ -88,7 +89,8 @@ fn suspend_and_resume_under_load() {
     assert!(after >= before, "{after} after {before}");
     assert!(sound(&guest, &generation) >= before);
     assert_eq!(guest.get("/boots"), boots, "it was not booted");
-    assert_eq!(fleet.info("n")["resumed"], true);
+    let info = fleet.info("n");
+    assert_eq!((&info["resumed"], &info["processor"]), (&true.into(), &"max".into()), "{info}");
 
     // A second time only what was written since is saved. The daemon dies while it is suspended.
     let seed = lose_the_time(&guest);

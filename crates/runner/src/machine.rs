@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::gate::Gate;
 use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
-use crate::{Layout, MEMORY, OpenSource, ahead, probe, serve};
+use crate::{Layout, MEMORY, OpenSource, ahead, platform, probe, serve};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
@@ -157,13 +157,16 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         vmm::Accelerator::Kvm => "kvm".into(),
         vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
     });
-    let platform = save::platform(&qemu, &accelerator);
+    let processor = platform::wanted(config).map_err(NotStarted::step("the guest cannot have its processor"))?;
+    let platform = platform::platform(&qemu, &accelerator, processor);
+    shared.status().processor = Some(platform.cpu.clone());
     let state = config.resume.as_ref().map(|resume| save::load(resume, &platform)).transpose();
     let state = state.map_err(NotStarted::step("the saved machine cannot go on here"))?;
     let options = vmm::LaunchOptions {
         qemu: qemu.path,
         run_dir: layout.qemu(),
         accelerator,
+        processor,
         user: config.user,
         seccomp: true,
         parent_death_kill: true,
@@ -176,13 +179,7 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
     // Before anybody is told that it runs, and may ask for its ports.
     forward(&vm, shared).await?;
     if config.resume.is_some() {
-        vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
-        if let Err(error) = vm.announce().await {
-            tracing::warn!(%error, "the network is not told where the guest is now");
-        }
-        if let Err(error) = vm.tell_of_content(SEED).await {
-            tracing::warn!(%error, "the guest is not told that its seed disk has changed; it learns at its next boot");
-        }
+        save::go_on(&vm, SEED).await.map_err(NotStarted::step("the machine does not go on"))?;
     }
     {
         let mut status = shared.status();

@@ -18,6 +18,7 @@ use crate::forward;
 use crate::guard::{GuardError, GuardPolicy};
 use crate::machine::{InvalidMachine, Machine};
 use crate::notice::Notices;
+use crate::processor::Processor;
 use crate::qmp::{Client, QmpError, RawEvents};
 use crate::run_dir::{RunDir, RunDirError};
 use crate::spawn::{Process, Rights, SpawnError, spawn};
@@ -40,6 +41,8 @@ pub struct LaunchOptions {
     pub run_dir: PathBuf,
     /// What runs the guest's instructions.
     pub accelerator: Accelerator,
+    /// What the guest sees under KVM.
+    pub processor: Processor,
     /// User and group id to run QEMU as; needs root. `None` runs it as we are. The drives' files must be
     /// accessible to that user.
     pub user: Option<(u32, u32)>,
@@ -190,7 +193,7 @@ impl Vm {
             resume: options.resume.as_ref().map(|resume| (&*resume.memory, &*devices)),
         };
         let notices = Notices::new(machine, options.resume.as_ref().map(|resume| &resume.state));
-        let arguments = arguments(machine, &options.accelerator, options.seccomp, paths);
+        let arguments = arguments(machine, (&options.accelerator, options.processor), options.seccomp, paths);
         tracing::debug!(machine = machine.name, ?arguments, "starting QEMU");
         let log = run_dir
             .log()

@@ -231,12 +231,20 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
     } else {
         tokio::task::spawn_blocking(collective_vmm::detect_accelerator).await?
     };
-    let platform = Some(collective_runner::platform(&qemu, &accelerator));
+    let mut platform = collective_runner::platform(&qemu, &accelerator, collective_vmm::Processor::Host);
+    let mut warnings: Vec<String> = qemu.warning.iter().cloned().collect();
     let accelerator = match accelerator {
-        collective_vmm::Accelerator::Kvm => "kvm".to_owned(),
+        collective_vmm::Accelerator::Kvm => {
+            match collective_vmm::portable_processors(&qemu.path).await {
+                Ok(portable) => platform.portable = portable.into_iter().map(str::to_owned).collect(),
+                Err(why) => warnings.push(format!(
+                    "{why}; machines are started with all that this host's processor has, and go on only where it is the same"
+                )),
+            }
+            "kvm".to_owned()
+        }
         collective_vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
     };
-    let mut warnings: Vec<String> = qemu.warning.into_iter().collect();
     if !rustix::process::geteuid().is_root() {
         warnings.push(
             "not root: all instances run as the same user, so one that breaks out of QEMU reaches the others".into(),
@@ -260,7 +268,7 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
         credentials: path,
         plane,
         force_tcg: options.tcg,
-        platform,
+        platform: Some(platform),
         accelerator,
         warnings,
         cache_budget: options.cache_size.0,

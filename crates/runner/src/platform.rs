@@ -1,0 +1,36 @@
+//! What a machine runs on here.
+
+use collective_model::Digest;
+use collective_model::run::{Platform, RunConfig};
+use collective_vmm::{Accelerator, Processor, QemuInfo};
+
+/// The processor that the daemon wants the guest to see.
+pub(crate) fn wanted(config: &RunConfig) -> Result<Processor, String> {
+    let Some(name) = &config.processor else { return Ok(Processor::Host) };
+    Processor::portable(name).ok_or_else(|| {
+        format!("this runner knows no processor \"{name}\"; run daemon and runner from the same installation")
+    })
+}
+
+/// What a machine that is started here runs on, with this processor if it is not emulated.
+pub fn platform(qemu: &QemuInfo, accelerator: &Accelerator, processor: Processor) -> Platform {
+    let (major, minor, micro) = qemu.version;
+    let cpu = match (accelerator, processor) {
+        (Accelerator::Tcg { .. }, _) => "max".into(),
+        (Accelerator::Kvm, Processor::Portable(portable)) => portable.name.into(),
+        (Accelerator::Kvm, Processor::Host) => host_processor().unwrap_or_else(|| "unknown".into()),
+    };
+    let accelerator = if matches!(accelerator, Accelerator::Kvm) { "kvm" } else { "tcg" };
+    Platform { qemu: format!("{major}.{minor}.{micro}"), accelerator: accelerator.into(), cpu, portable: Vec::new() }
+}
+
+/// Model and features of this machine's processor, as one word.
+fn host_processor() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let field = |name: &str| {
+        let line = text.lines().find(|line| line.split(':').next().map(str::trim) == Some(name))?;
+        line.split_once(':').map(|(_, value)| value.trim().to_owned())
+    };
+    let features = Digest::of(field("flags")?.as_bytes());
+    Some(format!("{}-{}", field("model name")?.replace(char::is_whitespace, "_"), features.short()))
+}
