@@ -9,8 +9,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::platform::Platform;
 use crate::{ApplianceName, Digest, Firmware, HealthCheck, HealthState, InstanceId, Name, PublishedPort, Timestamp};
+
+pub use crate::platform::Platform;
 
 /// The version of this protocol.
 pub const PROTOCOL: u32 = 1;

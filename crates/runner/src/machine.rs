@@ -17,9 +17,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::gate::Gate;
+use crate::platform;
 use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
-use crate::{Layout, MEMORY, OpenSource, ahead, platform, probe, serve};
+use crate::{Layout, MEMORY, OpenSource, ahead, probe, serve};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
@@ -27,8 +28,6 @@ const RETRY_PAUSED: Duration = Duration::from_secs(5);
 const TIDY_EVERY: Duration = Duration::from_secs(10);
 /// Some guests miss the first press of the power button while they boot.
 const PRESS_AGAIN: Duration = Duration::from_secs(5);
-/// The drive that tells the guest who it is.
-const SEED: &str = "seed";
 /// Where Debian and Ubuntu keep the UEFI code.
 const OVMF_CODE: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd"];
 
@@ -157,8 +156,8 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         vmm::Accelerator::Kvm => "kvm".into(),
         vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
     });
-    let processor = platform::wanted(config).map_err(NotStarted::step("the guest cannot have its processor"))?;
-    let platform = platform::platform(&qemu, &accelerator, processor);
+    let (platform, processor) =
+        platform::here(config, &qemu, &accelerator).map_err(NotStarted::step("the guest cannot have its processor"))?;
     shared.status().processor = Some(platform.cpu.clone());
     let state = config.resume.as_ref().map(|resume| save::load(resume, &platform)).transpose();
     let state = state.map_err(NotStarted::step("the saved machine cannot go on here"))?;
@@ -179,7 +178,11 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
     // Before anybody is told that it runs, and may ask for its ports.
     forward(&vm, shared).await?;
     if config.resume.is_some() {
-        save::go_on(&vm, SEED).await.map_err(NotStarted::step("the machine does not go on"))?;
+        vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
+        if let Err(error) = vm.announce().await {
+            tracing::warn!(%error, "the network is not told where the guest is now");
+        }
+        save::tell_guest(&vm).await;
     }
     {
         let mut status = shared.status();
@@ -213,7 +216,7 @@ fn describe(layout: &Layout, config: &RunConfig) -> Result<vmm::Machine, NotStar
             boot_index: Some(index),
         })
         .collect();
-    drives.push(vmm::Drive { name: SEED.into(), path: config.seed.clone(), read_only: true, boot_index: None });
+    drives.push(vmm::Drive { name: save::SEED.into(), path: config.seed.clone(), read_only: true, boot_index: None });
     let outbound = if config.outbound { vmm::Outbound::Internet } else { vmm::Outbound::None };
     Ok(vmm::Machine {
         name: config.name.to_string(),

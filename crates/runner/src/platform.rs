@@ -4,12 +4,19 @@ use collective_model::Digest;
 use collective_model::run::{Platform, RunConfig};
 use collective_vmm::{Accelerator, Processor, QemuInfo};
 
-/// The processor that the daemon wants the guest to see.
-pub(crate) fn wanted(config: &RunConfig) -> Result<Processor, String> {
-    let Some(name) = &config.processor else { return Ok(Processor::Host) };
-    Processor::portable(name).ok_or_else(|| {
-        format!("this runner knows no processor \"{name}\"; run daemon and runner from the same installation")
-    })
+/// What the machine of `config` runs on, with the processor that the daemon wants the guest to see.
+pub(crate) fn here(
+    config: &RunConfig,
+    qemu: &QemuInfo,
+    accelerator: &Accelerator,
+) -> Result<(Platform, Processor), String> {
+    let processor = match &config.processor {
+        None => Processor::Host,
+        Some(name) => Processor::portable(name).ok_or_else(|| {
+            format!("this runner knows no processor \"{name}\"; run daemon and runner from the same installation")
+        })?,
+    };
+    Ok((platform(qemu, accelerator, processor), processor))
 }
 
 /// What a machine that is started here runs on, with this processor if it is not emulated.

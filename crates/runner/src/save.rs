@@ -16,7 +16,7 @@ use std::time::Instant;
 use collective_model::Digest;
 use collective_model::run::{Platform, RunResume, SaveOrder, Saved};
 use collective_store::BLOCK;
-use collective_vmm::{GuestMemory, MachineState, RunState, Vm, VmError};
+use collective_vmm::{GuestMemory, MachineState, RunState, Vm};
 use collective_volume::{Disk, Layer};
 use serde_json::{Value, json};
 
@@ -35,6 +35,8 @@ const ROUNDS: u32 = 6;
 const BUFFER: u64 = 256 << 20;
 /// A layer that stands for itself is made when there are so many below it.
 const MAX_CHAIN: usize = 12;
+/// The drive that tells the guest who it is.
+pub(crate) const SEED: &str = "seed";
 /// States are far below it.
 const MAX_STATE: usize = 512 << 20;
 
@@ -287,16 +289,11 @@ fn encode(state: &MachineState, epoch: &str, platform: &Platform) -> io::Result<
     Ok(out)
 }
 
-/// Lets a machine that was brought back go on. Others are told: the network, and the guest, whose seed disk has changed.
-pub(crate) async fn go_on(vm: &Vm, seed: &str) -> Result<(), VmError> {
-    vm.cont().await?;
-    if let Err(error) = vm.announce().await {
-        tracing::warn!(%error, "the network is not told where the guest is now");
-    }
-    if let Err(error) = vm.tell_of_content(seed).await {
+/// Tells a guest that has just gone on that its seed disk is another one now.
+pub(crate) async fn tell_guest(vm: &Vm) {
+    if let Err(error) = vm.tell_of_content(SEED).await {
         tracing::warn!(%error, "the guest is not told that its seed disk has changed; it learns at its next boot");
     }
-    Ok(())
 }
 
 /// The state in a file, if it is the one that belongs to this memory and goes on here.
