@@ -513,8 +513,12 @@ fn clones_go_on_beside_each_other() {
     let other = one.get("/fill?20");
     sound(&one, &other);
     sound(&guest, &generation);
+    let seed = lose_the_time(&one);
     fleet.ok(&["suspend", "one"]);
+    let ordered = now();
     fleet.ok(&["resume", "one"]);
+    knows_the_time(&one, ordered, &seed);
+    assert_eq!(one.get("/hostname"), "one");
     assert_eq!(one.get("/notes/own"), "of the clone");
     let (a, b) = (fleet.info("n"), fleet.info("one"));
     assert_ne!(a["id"], b["id"]);

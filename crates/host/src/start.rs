@@ -142,7 +142,7 @@ impl Instance {
             outbound: spec.outbound,
             deny: self.context.config.plane.clone(),
             force_tcg: self.context.config.force_tcg,
-            processor: self.context.config.platform.as_ref().and_then(|here| here.to_boot(manifest.hardware.cpu)),
+            processor: self.context.config.processor_for(manifest),
             user: user.map(|user| (user, user)),
             cache: self.context.config.data.join("cache"),
             credentials: self.context.config.credentials.clone(),

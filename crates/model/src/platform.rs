@@ -31,11 +31,24 @@ impl Platform {
         }
     }
 
-    /// The portable processor for a machine that is booted on this host; none: the host's own.
-    pub fn to_boot(&self, wanted: Cpu) -> Option<String> {
+    /// The portable processor for a machine that is booted on this host; none: the host's own. `chosen` is what the owner of
+    /// the host wants in place of the best.
+    pub fn to_boot(&self, wanted: Cpu, chosen: Option<&str>) -> Option<String> {
         match wanted {
-            Cpu::Portable => self.portable.last().cloned(),
+            Cpu::Portable => self.portable.iter().rfind(|name| chosen.is_none_or(|chosen| chosen == *name)).cloned(),
             Cpu::Host => None,
+        }
+    }
+
+    /// Whether this host can give machines the processor that its owner chose; the error says what can be chosen. Emulation has
+    /// one for all.
+    pub fn check_choice(&self, chosen: Option<&str>) -> Result<(), String> {
+        match chosen {
+            Some(name) if self.accelerator == "kvm" && !self.portable.iter().any(|known| known == name) => {
+                let known = if self.portable.is_empty() { "none".into() } else { self.portable.join(", ") };
+                Err(format!("this host has no processor \"{name}\" for machines; it has: {known}"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -86,12 +99,19 @@ mod tests {
     #[test]
     fn which_processor_a_guest_gets() {
         let host = platform("Xeon-new", &[V2, V3]);
-        assert_eq!(host.to_boot(Cpu::Portable).as_deref(), Some(V3));
-        assert_eq!(host.to_boot(Cpu::Host), None);
+        assert_eq!(host.to_boot(Cpu::Portable, None).as_deref(), Some(V3));
+        assert_eq!(host.to_boot(Cpu::Host, None), None);
+        // The owner has other hosts, which are older.
+        assert_eq!(host.to_boot(Cpu::Portable, Some(V2)).as_deref(), Some(V2));
+        assert_eq!((host.to_boot(Cpu::Host, Some(V2)), host.check_choice(Some(V2))), (None, Ok(())));
+        let why = host.check_choice(Some("x86-64-v4-intel")).unwrap_err();
+        assert!(why.contains("v4-intel") && why.contains("x86-64-v2-intel, x86-64-v3-intel"), "{why}");
+        let emulated = Platform { accelerator: "tcg".into(), ..platform("max", &[]) };
+        assert_eq!((emulated.check_choice(Some(V2)), emulated.to_boot(Cpu::Portable, Some(V2))), (Ok(()), None));
         // It goes on with the one it had, whatever it would get today.
         assert_eq!(host.to_go_on(&platform(V2, &[])).as_deref(), Some(V2));
         assert_eq!(host.to_go_on(&platform("Xeon-new", &[])), None);
-        assert_eq!(platform("max", &[]).to_boot(Cpu::Portable), None);
+        assert_eq!(platform("max", &[]).to_boot(Cpu::Portable, None), None);
     }
 
     #[test]

@@ -41,3 +41,31 @@ fn host_processor() -> Option<String> {
     let features = Digest::of(field("flags")?.as_bytes());
     Some(format!("{}-{}", field("model name")?.replace(char::is_whitespace, "_"), features.short()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processor_is_the_one_that_the_daemon_wants() {
+        let mut config: RunConfig = serde_json::from_value(serde_json::json!({
+            "protocol": 1, "instance": "00".repeat(16), "name": "n", "ordered": "2026-11-22T00:00:00Z", "cpus": 1,
+            "memory_mib": 64, "firmware": "bios", "display": false, "disks": [], "seed": "/s", "ports": [],
+            "open_ports": false, "health": null, "outbound": false, "force_tcg": false, "user": null, "cache": "/c",
+            "credentials": "/k"
+        }))
+        .unwrap();
+        let qemu = QemuInfo { path: "/q".into(), version: (10, 0, 2), warning: None };
+        let tcg = Accelerator::Tcg { why: "test".into() };
+        let on = |config: &RunConfig, accelerator: &Accelerator| here(config, &qemu, accelerator);
+        // A daemon of before says nothing of it.
+        let (platform, processor) = on(&config, &Accelerator::Kvm).unwrap();
+        assert_eq!((processor, Some(platform.cpu)), (Processor::Host, host_processor()));
+        assert_eq!(on(&config, &tcg).unwrap().0.cpu, "max");
+        config.processor = Some("x86-64-v3-amd".into());
+        assert_eq!(on(&config, &Accelerator::Kvm).unwrap().0.cpu, "x86-64-v3-amd");
+        assert_eq!(on(&config, &tcg).unwrap().0.cpu, "max", "emulation has one processor");
+        config.processor = Some("x86-64-v9-intel".into());
+        assert!(on(&config, &Accelerator::Kvm).unwrap_err().contains("x86-64-v9-intel"));
+    }
+}

@@ -25,6 +25,10 @@ pub struct HostOptions {
     /// Never use KVM
     #[arg(long)]
     tcg: bool,
+    /// Start machines with this processor, so that they can go on at hosts that have no better one, such as x86-64-v2-intel
+    /// [default: the best that this host has]
+    #[arg(long, value_name = "NAME")]
+    processor: Option<String>,
 }
 
 /// Add machines, list and remove them
@@ -245,6 +249,7 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
         }
         collective_vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
     };
+    platform.check_choice(options.processor.as_deref()).map_err(|why| anyhow!(why))?;
     if !rustix::process::geteuid().is_root() {
         warnings.push(
             "not root: all instances run as the same user, so one that breaks out of QEMU reaches the others".into(),
@@ -269,6 +274,7 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
         plane,
         force_tcg: options.tcg,
         platform: Some(platform),
+        processor: options.processor,
         accelerator,
         warnings,
         cache_budget: options.cache_size.0,
