@@ -32,6 +32,28 @@ fn sound(guest: &Guest, generation: &str) -> u64 {
     count.parse().unwrap()
 }
 
+fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
+}
+
+/// Sets the guest's clock back, so that it is wrong unless the guest sets it when it goes on. Gives the generation that the
+/// guest knows.
+fn lose_the_time(guest: &Guest) -> String {
+    guest.get("/time?1000000000");
+    guest.get("/instance/generation")
+}
+
+/// The guest has noticed that it went on, and has set its clock, which has whole seconds.
+#[track_caller]
+fn knows_the_time(guest: &Guest, since: u64, before: &str) {
+    eventually("the guest takes up who it is", LONG, || (guest.get("/instance/generation") != before).then_some(()));
+    let time: u64 = guest.get("/time").parse().unwrap();
+    assert!(
+        (since - 1..=now() + 1).contains(&time),
+        "{time} on the guest's clock, gone on with between {since} and now"
+    );
+}
+
 #[test]
 fn suspend_and_resume_under_load() {
     let mut fleet = Fleet::start(PROGRAM);
@@ -42,6 +64,7 @@ fn suspend_and_resume_under_load() {
     eventually("it writes", LONG, || (guest.get("/count").parse::<u64>().unwrap() > 20).then_some(()));
     let before: u64 = guest.get("/count").parse().unwrap();
 
+    let seed = lose_the_time(&guest);
     let suspended = fleet.json(&["suspend", "n"]);
     assert_eq!(suspended["state"], "suspended", "{suspended}");
     assert!(suspended["bytes"].as_u64().unwrap() > 20 << 20, "{suspended}");
@@ -49,6 +72,7 @@ fn suspend_and_resume_under_load() {
     let info = fleet.info("n");
     assert_eq!(info["state"], "suspended");
     assert_eq!(info["suspended"]["platform"]["accelerator"], "tcg", "{info}");
+    assert_eq!(info["suspended"]["platform"]["cpu"], "max", "{info}");
     // Again is no mistake; what needs a machine says what to do.
     assert_eq!(fleet.json(&["suspend", "n"])["state"], "suspended");
     for command in [["restart", "n"], ["rollback", "n"]] {
@@ -58,22 +82,28 @@ fn suspend_and_resume_under_load() {
     let error = fleet.fails(&["wait", "n", "--for", "healthy"]);
     assert!(error.contains("collective resume n"), "{error}");
 
+    let ordered = now();
     fleet.ok(&["resume", "n"]);
+    knows_the_time(&guest, ordered, &seed);
     let after: u64 = guest.get("/count").parse().unwrap();
     assert!(after >= before, "{after} after {before}");
     assert!(sound(&guest, &generation) >= before);
     assert_eq!(guest.get("/boots"), boots, "it was not booted");
-    assert_eq!(fleet.info("n")["resumed"], true);
+    let info = fleet.info("n");
+    assert_eq!((&info["resumed"], &info["processor"]), (&true.into(), &"max".into()), "{info}");
 
     // A second time only what was written since is saved. The daemon dies while it is suspended.
+    let seed = lose_the_time(&guest);
     let second = fleet.json(&["suspend", "n"]);
     let (first, second) = (suspended["bytes"].as_u64().unwrap(), second["bytes"].as_u64().unwrap());
     assert!(second < first / 2, "{second} after {first}");
     fleet.kill_up();
     fleet.up();
     assert_eq!(fleet.info("n")["state"], "suspended");
+    let ordered = now();
     fleet.ok(&["start", "n"]);
     guest.answers();
+    knows_the_time(&guest, ordered, &seed);
     sound(&guest, &generation);
     assert_eq!(guest.get("/boots"), boots);
 
@@ -114,9 +144,12 @@ fn checkpoints_of_a_machine_that_writes_and_back() {
     assert_eq!(timeline.as_array().unwrap().len(), 3, "{timeline}");
     assert!(fleet.ok(&["timeline", "n"]).contains("number 2"));
 
-    // Back to the second: memory and disk of that instant, though both went on since.
+    // Back to the second: memory and disk of that instant, though both went on since. Who it is and when, is of now.
+    let seed = lose_the_time(&guest);
+    let ordered = now();
     let back = fleet.json(&["restore", "n", "2"]);
     assert_eq!((back["memory"].as_bool(), back["kept_as_checkpoint"].as_u64()), (Some(true), Some(4)), "{back}");
+    knows_the_time(&guest, ordered, &seed);
     let count = sound(&guest, &generations[1]);
     assert!(count >= counts[2], "{count} {counts:?}");
     // And forward again: the present was kept.
@@ -263,7 +296,9 @@ fn a_running_machine_moves_there_and_back() {
     let dry = fleet.json(&["move", "n", "--to", "b", "--dry-run"]);
     assert!(dry["how"].as_str().unwrap().contains("suspended"), "{dry}");
     assert_eq!(fleet.info("n")["host"], "a", "nothing has moved");
+    let (ordered, seed) = (now(), lose_the_time(&guest));
     fleet.ok(&["move", "n", "--to", "b"]);
+    knows_the_time(&guest, ordered, &seed);
     let info = fleet.info("n");
     assert_eq!(
         (info["host"].as_str(), info["state"].as_str(), info["generation"].as_u64()),
@@ -450,8 +485,25 @@ fn clones_go_on_beside_each_other() {
     let generation = guest.get("/fill?20");
     guest.put("/notes/shared", "before");
     guest.get("/count?on");
+    let boots = guest.get("/boots");
     let one = Guest { port: free_port() };
+    let (ordered, seed) = (now(), lose_the_time(&guest));
     fleet.ok(&["clone", "n", "--name", "one", "--publish", &format!("{}:80", one.port)]);
+    // It goes on with the other's memory, as somebody else.
+    knows_the_time(&one, ordered, &seed);
+    for (guest, name) in [(&guest, "n"), (&one, "one")] {
+        let id = fleet.info(name)["id"].as_str().unwrap().to_owned();
+        assert_eq!((guest.get("/hostname"), guest.get("/instance/machine-id")), (name.to_owned(), id.clone()));
+        assert_eq!(guest.get("/boots"), boots, "it was not booted");
+    }
+    let id = fleet.info("one")["id"].as_str().unwrap().to_owned();
+    assert_eq!((one.get("/etc/machine-id"), one.get("/etc/hostname")), (id, "one".to_owned()));
+    assert_eq!(one.get("/etc/hosts"), "127.0.0.1 localhost\n127.0.1.1 tiny.test tiny", "that was another name");
+    assert_eq!(one.get("/etc/ssh/ssh_host_ed25519_key"), one.get("/instance/ssh_host_ed25519_key"));
+    assert_ne!(one.get("/instance/ssh_host_ed25519_key.pub"), guest.get("/instance/ssh_host_ed25519_key.pub"));
+    assert_eq!(guest.get("/etc/ssh/ssh_host_ed25519_key"), "every tiny's", "the first one stays who it is");
+    assert_eq!(guest.get("/instance/generation"), seed);
+    assert_eq!(one.request("GET", "/instance/random-seed", "").unwrap().0, 404);
     sound(&one, &generation);
     assert_eq!(one.get("/notes/shared"), "before");
     sound(&guest, &generation);
@@ -461,12 +513,16 @@ fn clones_go_on_beside_each_other() {
     let other = one.get("/fill?20");
     sound(&one, &other);
     sound(&guest, &generation);
+    let seed = lose_the_time(&one);
     fleet.ok(&["suspend", "one"]);
+    let ordered = now();
     fleet.ok(&["resume", "one"]);
+    knows_the_time(&one, ordered, &seed);
+    assert_eq!(one.get("/hostname"), "one");
     assert_eq!(one.get("/notes/own"), "of the clone");
     let (a, b) = (fleet.info("n"), fleet.info("one"));
     assert_ne!(a["id"], b["id"]);
-    // Its own identity comes with its next boot.
+    // And it has its own identity at its next boot.
     fleet.ok(&["restart", "one"]);
     one.answers();
     assert_eq!(one.get("/hostname"), "one");

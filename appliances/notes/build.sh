@@ -147,6 +147,8 @@ put 644 notes-prepare.service etc/systemd/system/notes-prepare.service
 put 644 index.html usr/share/notes/index.html
 put 644 nginx.conf etc/nginx/nginx.conf
 put 644 sshd.conf etc/ssh/sshd_config.d/10-collective.conf
+# What tells a machine that goes on from a saved state the time, and who it is.
+cp -r "$GUEST/." "$R/"
 sed -i "s/@VERSION@/$VERSION/g" "$R/usr/share/notes/index.html" "$R/etc/nginx/nginx.conf"
 echo "$VERSION" >"$R/etc/notes-version"
 mkdir -p "$R/data"

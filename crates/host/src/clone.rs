@@ -1,7 +1,7 @@
 //! An instance that begins as another one was at a checkpoint, on the same host.
 //!
 //! What is kept in a checkpoint is never changed, so a copy has the same files under names of its own (hard links), and takes space only for
-//! what it writes itself. Its identity is its own: id, name, settings disk, SSH host key; a guest that goes on reads them at its next boot.
+//! what it writes itself. Its identity is its own: id, name, seed disk, SSH host key; a guest that goes on is told that it has another seed disk.
 
 use collective_model::{Origin, State};
 

@@ -46,10 +46,19 @@ pub struct HostConfig {
     pub force_tcg: bool,
     /// What machines run on here.
     pub platform: Option<collective_model::run::Platform>,
+    /// The portable processor that machines are booted with; none: the best there is.
+    pub processor: Option<String>,
     /// What KVM detection found, for people.
     pub accelerator: String,
     /// What is worse than it could be, for people.
     pub warnings: Vec<String>,
     /// The cache is kept below this, in bytes, but for what instances need.
     pub cache_budget: u64,
+}
+
+impl HostConfig {
+    /// The portable processor for a machine of this version that is booted; none: the host's own.
+    pub(crate) fn processor_for(&self, manifest: &collective_model::Manifest) -> Option<String> {
+        self.platform.as_ref()?.to_boot(manifest.hardware.cpu, self.processor.as_deref())
+    }
 }

@@ -109,6 +109,7 @@ impl Instance {
             version: record.version,
             version_name: record.version_name.clone(),
             accelerator: status.accelerator,
+            processor: status.processor,
             addresses: if status.phase == Phase::Running { vec!["10.0.2.15".into()] } else { Vec::new() },
             ports: record.spec.ports.clone(),
             ports_open: status.ports_open,

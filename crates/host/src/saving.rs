@@ -305,10 +305,11 @@ impl Instance {
     /// What the runner needs to go on.
     pub(crate) fn resume_config(&self, config: &mut RunConfig) -> Result<(), String> {
         let suspended = self.record.suspended.as_ref().ok_or("nothing was saved")?;
-        let MachineRecord { memory, digest, epoch, memory_mib, cpus, .. } = &suspended.machine;
+        let MachineRecord { memory, digest, epoch, memory_mib, cpus, info } = &suspended.machine;
         let last = memory.last().ok_or("it has no memory")?;
         // Settings that were changed meanwhile count at the next boot.
         (config.memory_mib, config.cpus) = (*memory_mib, *cpus);
+        config.processor = self.context.config.platform.as_ref().and_then(|here| here.to_go_on(&info.platform));
         config.resume = Some(RunResume {
             memory: memory.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
             state: state_path(&self.folder, *last),

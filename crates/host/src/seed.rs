@@ -1,7 +1,8 @@
 //! The seed disk: how settings and identity reach a guest without an agent.
 //!
 //! A small FAT volume labelled CIDATA, which cloud-init knows as its NoCloud source; everything else can read it as
-//! files. It is made anew at every start, so the guest's identity does not depend on its system disk.
+//! files. It is made anew at every start, so the guest's identity does not depend on its system disk; a guest that goes
+//! on is told that it has another one (`tell_of_content` in `vmm`).
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -20,16 +21,32 @@ type SeedFile = (&'static str, Vec<u8>);
 /// Writes the seed disk of an instance to `path`.
 pub fn write(path: &Path, spec: &Spec, manifest: &Manifest, ssh_host_key: &SshKey) -> io::Result<()> {
     let settings = manifest.settings_with(&spec.settings).map_err(io::Error::other)?;
-    let mut image =
-        std::fs::File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    // The folder is that of QEMU's user, who may have put something else there.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut image = std::fs::File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
     image.set_len(SIZE)?;
     let mut files = files(spec, &settings);
     let user_data = user_data(manifest.cloud_init.as_ref(), &spec.authorized_keys, ssh_host_key);
     files.push(("user-data", user_data.into_bytes()));
     files.push(("collective/ssh_host_ed25519_key", ssh_host_key.private.clone().into_bytes()));
     files.push(("collective/ssh_host_ed25519_key.pub", ssh_host_key.public.clone().into_bytes()));
+    files.extend(this_time()?);
     fill(&mut image, &files)?;
     image.sync_all()
+}
+
+/// What is another at every start, and every time a machine goes on.
+fn this_time() -> io::Result<[SeedFile; 2]> {
+    let id = collective_keys::random_id().map_err(io::Error::other)?;
+    let generation: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let random = collective_keys::random_secret().map_err(io::Error::other)?;
+    Ok([
+        ("collective/generation", format!("{generation}\n").into_bytes()),
+        ("collective/random-seed", format!("{random}\n").into_bytes()),
+    ])
 }
 
 fn files(spec: &Spec, settings: &BTreeMap<String, String>) -> Vec<SeedFile> {

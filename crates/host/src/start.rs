@@ -57,11 +57,8 @@ impl Instance {
             self.resume_config(&mut config)?;
         }
         let key = self.ssh_host_key().map_err(|e| format!("cannot make its SSH host key: {e}"))?;
-        // A machine that goes on may have it mounted; what is new in it counts at the next boot.
-        if !(resume && config.seed.exists()) {
-            seed::write(&config.seed, &self.record.spec, &manifest, &key)
-                .map_err(|e| format!("cannot write its seed disk: {e}"))?;
-        }
+        seed::write(&config.seed, &self.record.spec, &manifest, &key)
+            .map_err(|e| format!("cannot write its seed disk: {e}"))?;
         if let Some((uid, gid)) = config.user {
             let give = |path: &Path| std::os::unix::fs::chown(path, Some(uid), Some(gid));
             let given = give(&config.seed).and_then(|()| config.uefi_vars.as_deref().map_or(Ok(()), give));
@@ -150,6 +147,7 @@ impl Instance {
             outbound: spec.outbound,
             deny: self.context.config.plane.clone(),
             force_tcg: self.context.config.force_tcg,
+            processor: self.context.config.processor_for(manifest),
             user: user.map(|user| (user, user)),
             cache: self.context.config.data.join("cache"),
             credentials: self.context.config.credentials.clone(),

@@ -1,8 +1,8 @@
 //! `collective build`: runs a recipe's own script, once for each version, and checks what came out.
 //!
 //! The script is run in the recipe's folder with `VERSION`, `OUT` (an empty folder for the disk files), `WORK` (a folder
-//! that stays between versions and runs) and `SOURCE_DATE_EPOCH`. Lines on its standard output that begin with
-//! `note: ` are for the user; everything on standard error is progress.
+//! that stays between versions and runs), `GUEST` (files to put into the guest) and `SOURCE_DATE_EPOCH`. Lines on its
+//! standard output that begin with `note: ` are for the user; everything on standard error is progress.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -99,6 +99,8 @@ pub fn build(
     // No version can have this name.
     let work = folder.join("build/.work");
     std::fs::create_dir_all(&work).map_err(io("create", &work))?;
+    let guest = folder.join("build/.guest");
+    crate::guest::write_files(&guest).map_err(io("write into", &guest))?;
     let wanted = plan.versions.iter().filter(|version| only.is_empty() || only.contains(version));
     let mut built = Vec::new();
     for version in wanted {
@@ -113,7 +115,7 @@ pub fn build(
             }
         }
         std::fs::create_dir_all(&part).map_err(io("create", &part))?;
-        let notes = run_script(&folder.join(&plan.script), &folder, version, &part, &work, progress)?;
+        let notes = run_script(&folder.join(&plan.script), &folder, version, [&part, &work, &guest], progress)?;
         for file in recipe.disks.iter().filter_map(|disk| disk.file.as_ref()) {
             if !part.join(file).is_file() {
                 return Err(BuildError::Missing(part.join(file)));
@@ -132,8 +134,7 @@ fn run_script(
     script: &Path,
     folder: &Path,
     version: &VersionName,
-    out: &Path,
-    work: &Path,
+    [out, work, guest]: [&Path; 3],
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<String>, BuildError> {
     let mut child = Command::new(script)
@@ -141,6 +142,7 @@ fn run_script(
         .env("VERSION", version.as_str())
         .env("OUT", out)
         .env("WORK", work)
+        .env("GUEST", guest)
         .env("SOURCE_DATE_EPOCH", EPOCH)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -188,7 +190,10 @@ mod tests {
 
     #[test]
     fn a_recipe_is_built() {
-        let folder = recipe("echo working >&2; echo 'note: hello'; echo $VERSION > $OUT/system.raw\n");
+        let folder = recipe(
+            "echo working >&2; echo 'note: hello'; echo $VERSION > $OUT/system.raw; \
+             cd $GUEST && test -x usr/lib/collective/instance && test -s usr/lib/udev/rules.d/90-collective.rules\n",
+        );
         let mut lines = Vec::new();
         let built = build(folder.path(), &[], &mut |line| lines.push(line.to_owned())).unwrap();
         assert_eq!(built.len(), 2);

@@ -22,7 +22,7 @@ fn machine(folder: &Path, firmware: Firmware) -> (Export, Vec<Vec<u8>>) {
         std::fs::write(&raw, content).unwrap();
         ExportDisk { name: name.parse().unwrap(), role, raw }
     });
-    let hardware = Hardware { cpus: 3, memory: ByteSize(768 << 20), firmware, display: false };
+    let hardware = Hardware { cpus: 3, memory: ByteSize(768 << 20), firmware, display: false, cpu: Default::default() };
     let summary = "Notes <&\"'> & more\u{1b}\u{7}".to_owned();
     (Export { name: "notes".parse().unwrap(), summary, hardware, disks: disks.collect() }, contents)
 }

@@ -372,6 +372,7 @@ fn recipe(import: &Import, machine: &Ovf, disks: Vec<RecipeDisk>) -> Result<Reci
             memory: ByteSize(memory.next_multiple_of(1 << 20)),
             firmware: import.firmware.unwrap_or(firmware),
             display: default.display,
+            cpu: default.cpu,
         },
         disks,
         ports,

@@ -7,6 +7,7 @@ mod checksums;
 mod disks;
 mod envelope;
 mod export;
+mod guest;
 mod import;
 mod ova;
 mod ovf;

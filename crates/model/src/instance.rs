@@ -351,6 +351,9 @@ pub struct Observed {
     pub version_name: Option<VersionName>,
     /// `kvm`, or `tcg` and why.
     pub accelerator: Option<String>,
+    /// The processor that the guest sees, as in [`Platform::cpu`](crate::run::Platform::cpu).
+    #[serde(default)]
+    pub processor: Option<String>,
     /// The guest's addresses, as far as the host knows.
     pub addresses: Vec<String>,
     /// Published ports, and whether they are open.

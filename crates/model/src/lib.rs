@@ -12,6 +12,7 @@ mod instance;
 mod lifecycle;
 mod manifest;
 mod names;
+mod platform;
 mod recipe;
 pub mod run;
 pub mod run_private;
@@ -26,8 +27,8 @@ pub use instance::{
 };
 pub use lifecycle::{State, Trigger};
 pub use manifest::{
-    CloudInit, Disk, DiskRole, Firmware, Hardware, MANIFEST_FORMAT, MAX_MANIFEST_BYTES, Manifest, ManifestError, Port,
-    Protocol, Setting, SettingType, Ssh, SystemWrites,
+    CloudInit, Cpu, Disk, DiskRole, Firmware, Hardware, MANIFEST_FORMAT, MAX_MANIFEST_BYTES, Manifest, ManifestError,
+    Port, Protocol, Setting, SettingType, Ssh, SystemWrites,
 };
 pub use names::{ApplianceName, Name, ParseNameError, Reference, Selector, VersionName};
 pub use recipe::{BuildRecipe, Recipe, RecipeDisk, RecipeError, RecipeHardware};

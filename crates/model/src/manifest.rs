@@ -69,6 +69,27 @@ pub struct Hardware {
     /// Whether there is a VGA display (nobody looks at it unless asked).
     #[serde(default)]
     pub display: bool,
+    /// Which processor the guest sees.
+    #[serde(default, skip_serializing_if = "Cpu::is_portable")]
+    pub cpu: Cpu,
+}
+
+/// Which processor the guest sees, where it is not emulated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Cpu {
+    /// The best that other hosts have as well, so that a running machine goes on at these.
+    #[default]
+    Portable,
+    /// All that the host's own has; a running machine goes on only where it is the same.
+    Host,
+}
+
+impl Cpu {
+    /// Manifests and hosts of before know no other.
+    pub(crate) fn is_portable(&self) -> bool {
+        *self == Self::Portable
+    }
 }
 
 /// What starts the boot loader.
@@ -377,6 +398,19 @@ mod tests {
             "settings": { "title": { "default": "Notes" }, "limit": { "type": "integer", "secret": true } }
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn a_default_processor_is_not_written() {
+        let mut manifest = sample();
+        assert_eq!(manifest.hardware.cpu, Cpu::Portable, "what older manifests mean");
+        assert!(
+            !serde_json::to_string(&manifest).unwrap().contains("\"cpu\""),
+            "older hosts refuse what they do not know"
+        );
+        manifest.hardware.cpu = Cpu::Host;
+        let bytes = serde_json::to_vec(&manifest).unwrap();
+        assert_eq!(Manifest::parse(&bytes).unwrap().hardware.cpu, Cpu::Host);
     }
 
     #[test]

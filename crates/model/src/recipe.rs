@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ApplianceName, ByteSize, CloudInit, DiskRole, Firmware, HealthCheck, Name, Port, Setting, Ssh, SystemWrites,
+    ApplianceName, ByteSize, CloudInit, Cpu, DiskRole, Firmware, HealthCheck, Name, Port, Setting, Ssh, SystemWrites,
     VersionName,
 };
 
@@ -63,11 +63,14 @@ pub struct RecipeHardware {
     pub firmware: Firmware,
     /// Whether there is a VGA display.
     pub display: bool,
+    /// Which processor the guest sees.
+    #[serde(skip_serializing_if = "Cpu::is_portable")]
+    pub cpu: Cpu,
 }
 
 impl Default for RecipeHardware {
     fn default() -> Self {
-        Self { cpus: 1, memory: ByteSize(512 << 20), firmware: Firmware::Bios, display: false }
+        Self { cpus: 1, memory: ByteSize(512 << 20), firmware: Firmware::Bios, display: false, cpu: Cpu::Portable }
     }
 }
 
@@ -156,6 +159,7 @@ mod tests {
             name = "notes"
             [hardware]
             memory = "256M"
+            cpu = "host"
             [[disk]]
             name = "system"
             role = "system"
@@ -170,7 +174,7 @@ mod tests {
             "#,
         )
         .unwrap();
-        assert_eq!(recipe.hardware.memory, ByteSize(256 << 20));
+        assert_eq!((recipe.hardware.memory, recipe.hardware.cpu), (ByteSize(256 << 20), Cpu::Host));
         assert_eq!(recipe.appliance().to_string(), "demo/notes");
     }
 

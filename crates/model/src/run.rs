@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::run_private::{RestoreDisk, RunPack};
 use crate::{ApplianceName, Digest, Firmware, HealthCheck, HealthState, InstanceId, Name, PublishedPort, Timestamp};
 
+pub use crate::platform::Platform;
+
 /// The version of this protocol.
 pub const PROTOCOL: u32 = 1;
 /// The file in a run's directory that says what was read first when its machine went on, by the names of its disks.
@@ -58,6 +60,9 @@ pub struct RunConfig {
     pub deny: Vec<SocketAddr>,
     /// Never use KVM.
     pub force_tcg: bool,
+    /// Under KVM, the portable processor that the guest sees, by name; none: the host's own.
+    #[serde(default)]
+    pub processor: Option<String>,
     /// User and group id for QEMU; none: the same as the runner's.
     pub user: Option<(u32, u32)>,
     /// The host's cache.
@@ -171,34 +176,6 @@ pub struct Saved {
     pub screen: bool,
 }
 
-/// What a running machine depends on beside its own hardware: it goes on only where this is the same.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Platform {
-    /// QEMU's version.
-    pub qemu: String,
-    /// `kvm` or `tcg`.
-    pub accelerator: String,
-    /// The processor that the guest sees.
-    pub cpu: String,
-}
-
-impl Platform {
-    /// Whether a machine that was saved on this one goes on at a host which has `there`; the error says why not.
-    pub fn goes_on_at(&self, there: Option<&Platform>) -> Result<(), String> {
-        match there {
-            Some(there) if there == self => Ok(()),
-            Some(there) => Err(format!("it was saved on {self}, and there is {there}")),
-            None => Err("it is not known what machines run on there".into()),
-        }
-    }
-}
-
-impl std::fmt::Display for Platform {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "QEMU {} with {} and processor {}", self.qemu, self.accelerator, self.cpu)
-    }
-}
-
 /// One disk of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunDisk {
@@ -279,6 +256,9 @@ pub struct RunStatus {
     pub phase: Phase,
     /// `kvm`, or `tcg` and why.
     pub accelerator: Option<String>,
+    /// The processor that the guest sees, as in [`Platform::cpu`].
+    #[serde(default)]
+    pub processor: Option<String>,
     /// Milliseconds from the order to the machine's first instruction.
     pub started_in_ms: Option<u64>,
     /// Milliseconds from the order to the first healthy answer.

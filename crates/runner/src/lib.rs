@@ -9,6 +9,7 @@
 mod ahead;
 mod gate;
 mod machine;
+mod platform;
 mod private;
 mod probe;
 mod save;
@@ -26,8 +27,8 @@ use collective_store::Source;
 use collective_store::seal::Seal;
 use tokio::io::AsyncWrite;
 
+pub use platform::platform;
 pub use private::OpenVault;
-pub use save::platform;
 pub use state::NotStarted;
 
 /// The file of the memory beside those of the disks; not a name that a disk can have.

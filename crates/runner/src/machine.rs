@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::gate::Gate;
+use crate::platform;
 use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
 use crate::{Layout, MEMORY, Ways, ahead, private, probe, serve};
@@ -173,13 +174,16 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         vmm::Accelerator::Kvm => "kvm".into(),
         vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
     });
-    let platform = save::platform(&qemu, &accelerator);
+    let (platform, processor) =
+        platform::here(config, &qemu, &accelerator).map_err(NotStarted::step("the guest cannot have its processor"))?;
+    shared.status().processor = Some(platform.cpu.clone());
     let state = config.resume.as_ref().map(|resume| save::load(resume, &platform)).transpose();
     let state = state.map_err(NotStarted::step("the saved machine cannot go on here"))?;
     let options = vmm::LaunchOptions {
         qemu: qemu.path,
         run_dir: layout.qemu(),
         accelerator,
+        processor,
         user: config.user,
         seccomp: true,
         parent_death_kill: true,
@@ -197,6 +201,7 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         if let Err(error) = vm.announce().await {
             tracing::warn!(%error, "the network is not told where the guest is now");
         }
+        save::tell_guest(&vm).await;
     }
     {
         let mut status = shared.status();
@@ -237,7 +242,7 @@ fn describe(layout: &Layout, config: &RunConfig) -> Result<vmm::Machine, NotStar
             boot_index: Some(index),
         })
         .collect();
-    drives.push(vmm::Drive { name: "seed".into(), path: config.seed.clone(), read_only: true, boot_index: None });
+    drives.push(vmm::Drive { name: save::SEED.into(), path: config.seed.clone(), read_only: true, boot_index: None });
     let outbound = if config.outbound { vmm::Outbound::Internet } else { vmm::Outbound::None };
     Ok(vmm::Machine {
         name: config.name.to_string(),

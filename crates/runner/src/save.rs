@@ -16,7 +16,7 @@ use std::time::Instant;
 use collective_model::Digest;
 use collective_model::run::{Platform, RunResume, SaveOrder, Saved};
 use collective_store::BLOCK;
-use collective_vmm::{Accelerator, GuestMemory, MachineState, QemuInfo, RunState, Vm};
+use collective_vmm::{GuestMemory, MachineState, RunState, Vm};
 use collective_volume::{Disk, Layer};
 use serde_json::{Value, json};
 
@@ -35,6 +35,8 @@ const ROUNDS: u32 = 6;
 const BUFFER: u64 = 256 << 20;
 /// A layer that stands for itself is made when there are so many below it.
 const MAX_CHAIN: usize = 12;
+/// The drive that tells the guest who it is.
+pub(crate) const SEED: &str = "seed";
 /// States are far below it.
 const MAX_STATE: usize = 512 << 20;
 
@@ -287,6 +289,13 @@ fn encode(state: &MachineState, epoch: &str, platform: &Platform) -> io::Result<
     Ok(out)
 }
 
+/// Tells a guest that has just gone on that its seed disk is another one now.
+pub(crate) async fn tell_guest(vm: &Vm) {
+    if let Err(error) = vm.tell_of_content(SEED).await {
+        tracing::warn!(%error, "the guest is not told that its seed disk has changed; it learns at its next boot");
+    }
+}
+
 /// The state in a file, if it is the one that belongs to this memory and goes on here.
 pub(crate) fn load(resume: &RunResume, here: &Platform) -> Result<MachineState, String> {
     let bytes = std::fs::read(&resume.state).map_err(|e| format!("{}: {e}", resume.state.display()))?;
@@ -316,35 +325,12 @@ fn decode(bytes: &[u8], epoch: &str, here: &Platform) -> Result<MachineState, St
     MachineState::decode(&state).map_err(|e| e.to_string())
 }
 
-/// What a machine that is started here would run on.
-pub fn platform(qemu: &QemuInfo, accelerator: &Accelerator) -> Platform {
-    let (major, minor, micro) = qemu.version;
-    let cpu = match accelerator {
-        Accelerator::Tcg { .. } => "max".into(),
-        // The host's own, whatever that is.
-        Accelerator::Kvm => processor().unwrap_or_else(|| "unknown".into()),
-    };
-    let accelerator = if matches!(accelerator, Accelerator::Kvm) { "kvm" } else { "tcg" };
-    Platform { qemu: format!("{major}.{minor}.{micro}"), accelerator: accelerator.into(), cpu }
-}
-
-/// Model and features of this machine's processor, as one word.
-fn processor() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let field = |name: &str| {
-        let line = text.lines().find(|line| line.split(':').next().map(str::trim) == Some(name))?;
-        line.split_once(':').map(|(_, value)| value.trim().to_owned())
-    };
-    let features = Digest::of(field("flags")?.as_bytes());
-    Some(format!("{}-{}", field("model name")?.replace(char::is_whitespace, "_"), features.short()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn here() -> Platform {
-        Platform { qemu: "10.0.2".into(), accelerator: "tcg".into(), cpu: "max".into() }
+        Platform { qemu: "10.0.2".into(), accelerator: "tcg".into(), cpu: "max".into(), portable: Vec::new() }
     }
 
     fn state() -> MachineState {

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::accelerator::Accelerator;
 use crate::checkpoint::RAM;
 use crate::machine::{Display, Drive, Firmware, Machine, Nic, Outbound};
+use crate::processor::Processor;
 
 /// Where QEMU puts its sockets and its log of the serial line.
 #[derive(Debug, Clone, Copy)]
@@ -17,7 +18,12 @@ pub(crate) struct Paths<'a> {
 }
 
 /// All arguments after the program's name. `machine` must have passed its validation.
-pub(crate) fn arguments(machine: &Machine, accelerator: &Accelerator, seccomp: bool, paths: Paths<'_>) -> Vec<String> {
+pub(crate) fn arguments(
+    machine: &Machine,
+    (accelerator, processor): (&Accelerator, Processor),
+    seccomp: bool,
+    paths: Paths<'_>,
+) -> Vec<String> {
     let mut line = Line::default();
     // A guest is told by its own configuration what happens after a panic; we report it and do not interfere.
     line.option("-name", format!("guest={0},process=vm-{0}", machine.name));
@@ -34,7 +40,7 @@ pub(crate) fn arguments(machine: &Machine, accelerator: &Accelerator, seccomp: b
     if seccomp {
         line.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
     }
-    line.processor(machine, accelerator);
+    line.processor(machine, accelerator, processor);
     line.memory(machine.memory_mib, paths.resume);
     line.option("-uuid", machine.uuid.clone());
     line.option("-rtc", "base=utc");
@@ -84,7 +90,7 @@ impl Line {
         self.0.extend([name.to_owned(), value.into()]);
     }
 
-    fn processor(&mut self, machine: &Machine, accelerator: &Accelerator) {
+    fn processor(&mut self, machine: &Machine, accelerator: &Accelerator, processor: Processor) {
         let mut board = format!("q35,usb=off,memory-backend={RAM},suppress-vmdesc=on");
         if let Firmware::Uefi { code, vars } = &machine.firmware {
             self.option(
@@ -95,8 +101,8 @@ impl Line {
             board.push_str(",pflash0=firmware-code,pflash1=firmware-vars");
         }
         let (accelerate, processor) = match accelerator {
-            Accelerator::Kvm => ("kvm", "host"),
-            Accelerator::Tcg { .. } => ("tcg,thread=multi", "max"),
+            Accelerator::Kvm => ("kvm", processor.option()),
+            Accelerator::Tcg { .. } => ("tcg,thread=multi", "max".into()),
         };
         self.option("-machine", board);
         self.option("-accel", accelerate);
@@ -172,7 +178,7 @@ mod tests {
             serial_log: Path::new("/run/i/serial.log"),
             resume: None,
         };
-        arguments(machine, &accelerator, true, paths).join(" ").replace(" -", "\n-")
+        arguments(machine, (&accelerator, Processor::Host), true, paths).join(" ").replace(" -", "\n-")
     }
 
     #[test]
@@ -219,10 +225,12 @@ mod tests {
             serial_log: Path::new("/run/i/serial.log"),
             resume: Some((Path::new("/v/mem,ory"), Path::new("/run/i/devices"))),
         };
-        let text = arguments(&example(), &Accelerator::Kvm, true, paths).join(" ");
+        let processor = Processor::portable("x86-64-v3-intel").unwrap();
+        let text = arguments(&example(), (&Accelerator::Kvm, processor), true, paths).join(" ");
         let expected = "-object memory-backend-file,id=ram,size=512M,mem-path=/v/mem,,ory,share=off \
                         -S -incoming file:/run/i/devices -uuid";
         assert!(text.contains(expected), "{text}");
+        assert!(text.contains("-accel kvm -cpu Haswell-noTSX-IBRS,enforce -smp"), "{text}");
     }
 
     #[test]

@@ -63,7 +63,7 @@ impl Vm {
                 blocks.push((name, content.map_err(|e| failed(e.to_string()))?));
             }
         }
-        Ok(MachineState { devices, blocks })
+        Ok(MachineState { devices, blocks, lengths: self.notices().lengths() })
     }
 
     /// Puts the small memories in place; the machine has not run yet.

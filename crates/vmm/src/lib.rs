@@ -5,10 +5,11 @@
 //! and a stream of [`Event`]s. The rooms inside:
 //!
 //! * `machine`, `arguments`: what to run, checked and turned into an argument vector; pure.
-//! * `accelerator`, `qemu`: what this host can do, found out by use.
+//! * `accelerator`, `processor`, `qemu`: what this host can do, found out by use.
 //! * `spawn`, `run_dir`: the process itself, its rights and its files.
 //! * `qmp`, `event`, `vm`: talking to it.
 //! * `memory`, `state`, `checkpoint`: a machine as data: what it is beside its disks, saved and brought back.
+//! * `notice`: a guest that goes on learns of other content of a disk.
 //! * `guard`: keeps the guest away from the host's own addresses, without root and without a firewall.
 
 mod accelerator;
@@ -20,6 +21,8 @@ mod guard;
 mod kvm_probe;
 mod machine;
 mod memory;
+mod notice;
+mod processor;
 mod qemu;
 mod qmp;
 mod run_dir;
@@ -33,6 +36,7 @@ pub use event::{Event, EventReceiver, Exit, ExitReason, RunState};
 pub use guard::{Denial, GuardError, GuardPolicy, HostView, Transport, decide};
 pub use machine::{Display, Drive, Firmware, InvalidMachine, Machine, Nic, Outbound};
 pub use memory::{GuestMemory, tracks_writes};
+pub use processor::{Portable, Processor, portable_processors};
 pub use qemu::{QemuError, QemuInfo, find_qemu};
 pub use qmp::QmpError;
 pub use run_dir::RunDirError;

@@ -17,6 +17,8 @@ pub struct MachineState {
     pub(crate) devices: Vec<u8>,
     /// Memories beside the guest's, by QEMU's names: video memory, firmware.
     pub(crate) blocks: Vec<(String, Vec<u8>)>,
+    /// For each read-only disk, the length in bytes that the guest was told of last.
+    pub(crate) lengths: Vec<(String, u64)>,
 }
 
 /// Why bytes are not the state of a machine.
@@ -28,7 +30,12 @@ impl MachineState {
     /// As bytes.
     pub fn encode(&self) -> Vec<u8> {
         let blocks = self.blocks.iter().map(|(name, content)| json!({ "name": name, "length": content.len() }));
-        let header = json!({ "devices": self.devices.len(), "blocks": blocks.collect::<Vec<_>>() }).to_string();
+        let lengths = self.lengths.iter().map(|(drive, length)| (drive.clone(), json!(length)));
+        let header = json!({
+            "devices": self.devices.len(), "blocks": blocks.collect::<Vec<_>>(),
+            "lengths": lengths.collect::<serde_json::Map<_, _>>(),
+        });
+        let header = header.to_string();
         let mut out = MAGIC.to_vec();
         out.extend((header.len() as u32).to_le_bytes());
         out.extend(header.as_bytes());
@@ -59,7 +66,14 @@ impl MachineState {
             let name = block["name"].as_str().ok_or(StateError("a block has no name"))?;
             blocks.push((name.to_owned(), take(&block["length"]).ok_or(StateError("it is cut short"))?));
         }
-        if rest.is_empty() { Ok(Self { devices, blocks }) } else { Err(StateError("something follows its end")) }
+        // Earlier programs wrote none.
+        let lengths = header["lengths"].as_object().into_iter().flatten();
+        let lengths = lengths.filter_map(|(drive, length)| Some((drive.clone(), length.as_u64()?))).collect();
+        if rest.is_empty() {
+            Ok(Self { devices, blocks, lengths })
+        } else {
+            Err(StateError("something follows its end"))
+        }
     }
 }
 
@@ -101,7 +115,11 @@ mod tests {
     }
 
     fn example() -> MachineState {
-        MachineState { devices: vec![1; 1000], blocks: vec![("pc.bios".into(), vec![2; 500]), ("v".into(), vec![])] }
+        MachineState {
+            devices: vec![1; 1000],
+            blocks: vec![("pc.bios".into(), vec![2; 500]), ("v".into(), vec![])],
+            lengths: vec![("seed".into(), 1 << 20)],
+        }
     }
 
     #[test]

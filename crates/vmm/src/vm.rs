@@ -17,6 +17,8 @@ use crate::event::{Ending, Event, EventReceiver, Exit, RunState};
 use crate::forward;
 use crate::guard::{GuardError, GuardPolicy};
 use crate::machine::{InvalidMachine, Machine};
+use crate::notice::Notices;
+use crate::processor::Processor;
 use crate::qmp::{Client, QmpError, RawEvents};
 use crate::run_dir::{RunDir, RunDirError};
 use crate::spawn::{Process, Rights, SpawnError, spawn};
@@ -39,6 +41,8 @@ pub struct LaunchOptions {
     pub run_dir: PathBuf,
     /// What runs the guest's instructions.
     pub accelerator: Accelerator,
+    /// What the guest sees under KVM.
+    pub processor: Processor,
     /// User and group id to run QEMU as; needs root. `None` runs it as we are. The drives' files must be
     /// accessible to that user.
     pub user: Option<(u32, u32)>,
@@ -120,6 +124,12 @@ pub enum VmError {
         /// QEMU's own words.
         reason: String,
     },
+    /// Only read-only disks can have other content.
+    #[error("the machine has no read-only disk {drive:?}")]
+    NoSuchDisk {
+        /// What was asked for.
+        drive: String,
+    },
     /// The machine could not be saved, looked into or brought back.
     #[error(
         "could not {doing}: {reason}; check that this user may look into its own processes (ptrace_scope below 2) and that the disk has room"
@@ -148,6 +158,7 @@ pub struct Vm {
     was_killed: AtomicBool,
     ending: watch::Receiver<(Ending, bool)>,
     forwarding: Mutex<()>,
+    notices: Notices,
 }
 
 /// Kills the process of a launch that was given up.
@@ -181,7 +192,8 @@ impl Vm {
             serial_log: &serial_log,
             resume: options.resume.as_ref().map(|resume| (&*resume.memory, &*devices)),
         };
-        let arguments = arguments(machine, &options.accelerator, options.seccomp, paths);
+        let notices = Notices::new(machine, options.resume.as_ref().map(|resume| &resume.state));
+        let arguments = arguments(machine, (&options.accelerator, options.processor), options.seccomp, paths);
         tracing::debug!(machine = machine.name, ?arguments, "starting QEMU");
         let log = run_dir
             .log()
@@ -197,7 +209,8 @@ impl Vm {
         let (sender, events) = mpsc::channel(EVENT_LIMIT);
         let (ending_sender, ending) = watch::channel((Ending::NotSaid, false));
         tokio::spawn(pump(raw_events, sender, ending_sender));
-        let vm = Vm { process, qmp, run_dir, was_killed: AtomicBool::new(false), ending, forwarding: Mutex::new(()) };
+        let was_killed = AtomicBool::new(false);
+        let vm = Vm { process, qmp, run_dir, was_killed, ending, forwarding: Mutex::new(()), notices };
         if let Some(resume) = &options.resume {
             let _ = std::fs::remove_file(devices);
             vm.fill_blocks(&resume.state).await.map_err(|error| LaunchError::Resume { reason: error.to_string() })?;
@@ -308,6 +321,10 @@ impl Vm {
 
     pub(crate) fn run_dir(&self) -> &RunDir {
         &self.run_dir
+    }
+
+    pub(crate) fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     pub(crate) fn qmp(&self) -> &Client {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use collective_vmm::{
     Accelerator, Display, Drive, Event, EventReceiver, ExitReason, Firmware, GuardPolicy, LaunchError, LaunchOptions,
-    Machine, Nic, Outbound, RunState, Vm, detect_accelerator, find_qemu,
+    Machine, Nic, Outbound, Processor, RunState, Vm, detect_accelerator, find_qemu,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -66,6 +66,7 @@ impl Bench {
             qemu: find_qemu().await.unwrap().path,
             run_dir: temp.path().join("run"),
             accelerator: Accelerator::Tcg { why: "tests run everywhere".into() },
+            processor: Processor::Host,
             user: None,
             seccomp: true,
             parent_death_kill: true,

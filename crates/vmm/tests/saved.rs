@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use collective_vmm::{
     Accelerator, Display, Drive, Firmware, GuardPolicy, GuestMemory, LaunchError, LaunchOptions, Machine, MachineState,
-    Nic, Outbound, Resume, RunState, Vm, find_qemu,
+    Nic, Outbound, Processor, Resume, RunState, Vm, find_qemu,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -63,6 +63,7 @@ impl Bench {
             qemu: find_qemu().await.unwrap().path,
             run_dir: temp.path().join("run"),
             accelerator: Accelerator::Tcg { why: "tests run everywhere".into() },
+            processor: Processor::Host,
             user: None,
             seccomp: true,
             parent_death_kill: true,

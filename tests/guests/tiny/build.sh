@@ -38,16 +38,22 @@ gcc -O2 -Wall -o "$T/payload" payload.c
 
 # ---- initramfs: busybox, tinyd and the few modules of this virtual hardware, in load order ----
 I=$T/initramfs
-mkdir -p "$I"/{bin,dev,proc,sys,sysroot,data,seed,modules,tmp,etc,sbin,usr/bin,usr/sbin}
+mkdir -p "$I"/{bin,dev,proc,sys,sysroot,data,seed,modules,tmp,run,etc/ssh,sbin,usr/bin,usr/sbin,usr/lib/collective}
 cp "$BUSYBOX" "$I/bin/busybox"
 ln -s busybox "$I/bin/sh"
 for a in $("$BUSYBOX" --list | grep -x '[a-z0-9]*'); do [ -e "$I/bin/$a" ] || ln -s busybox "$I/bin/$a"; done
-cp "$T/tinyd" init dhcp "$I/"
-chmod 755 "$I/init" "$I/dhcp" "$I/tinyd" "$I/bin/busybox"
+cp "$T/tinyd" init dhcp on-event "$I/"
+cp "$GUEST/usr/lib/collective/instance" "$I/usr/lib/collective/"
+chmod 755 "$I/init" "$I/dhcp" "$I/on-event" "$I/tinyd" "$I/bin/busybox" "$I/usr/lib/collective/instance"
+# An identity of its own, which is every instance's until it takes up another.
+echo tiny >"$I/etc/hostname"
+printf '127.0.0.1 localhost\n127.0.1.1 tiny.test tiny\n' >"$I/etc/hosts"
+echo 00000000000000000000000000000000 >"$I/etc/machine-id"
+echo "every tiny's" | tee "$I/etc/ssh/ssh_host_ed25519_key" >"$I/etc/ssh/ssh_host_ed25519_key.pub"
 for m in drivers/virtio/virtio_ring drivers/virtio/virtio drivers/virtio/virtio_pci_legacy_dev \
          drivers/virtio/virtio_pci_modern_dev drivers/virtio/virtio_pci drivers/block/virtio_blk \
          net/core/failover drivers/net/net_failover drivers/net/virtio_net drivers/char/hw_random/virtio-rng \
-         drivers/virtio/virtio_balloon drivers/acpi/button drivers/input/evdev \
+         drivers/virtio/virtio_balloon drivers/block/loop drivers/acpi/button drivers/input/evdev \
          fs/nls/nls_cp437 fs/nls/nls_ascii fs/fat/fat fs/fat/vfat; do
     cp "$MODULES/$m.ko" "$I/modules/" || fail "the kernel has no module $m; adapt the list in build.sh"
     basename "$m" >>"$I/modules/order"

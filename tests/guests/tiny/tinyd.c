@@ -339,6 +339,12 @@ static void check_ring(void) {
     reply(200, "%lu, %lu bad", last, bad);
 }
 
+static void tell_time(const char *query) {
+    struct timespec t = {.tv_sec = atol(query)};
+    if (*query && clock_settime(CLOCK_REALTIME, &t)) reply(500, "cannot set the clock: %s", strerror(errno));
+    reply(200, "%ld", (long)time(NULL));
+}
+
 static void serve(void) {
     char line[8192], method[16], path[4096];
     long long length = -1;
@@ -360,6 +366,9 @@ static void serve(void) {
     const char *dir = NULL, *name = NULL;
     if (!strncmp(path, "/notes/", 7)) dir = "/data", name = path + 7;
     if (!strncmp(path, "/sysroot/", 9)) dir = "/sysroot", name = path + 9;
+    if (!put && !strncmp(path, "/instance/", 10)) dir = "/run/collective", name = path + 10;
+    if (!put && !strncmp(path, "/etc/ssh/", 9)) dir = "/etc/ssh", name = path + 9;
+    else if (!put && !strncmp(path, "/etc/", 5)) dir = "/etc", name = path + 5;
     if (put && dir) {
         if (!good_name(name)) reply(400, "bad name");
         if (length < 0 && !chunked) reply(411, "want Content-Length");
@@ -383,7 +392,7 @@ static void serve(void) {
     if (!strcmp(path, "/pages")) check_pages();
     if (!strcmp(path, "/count")) count(query);
     if (!strcmp(path, "/ring")) check_ring();
-    if (!strcmp(path, "/time")) reply(200, "%ld", (long)time(NULL));
+    if (!strcmp(path, "/time")) tell_time(query);
     if (!strcmp(path, "/sync")) { sync(); reply(200, "synced"); }
     if (!strcmp(path, "/connect")) try_connect(query);
     if (!strcmp(path, "/read")) {

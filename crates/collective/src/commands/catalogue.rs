@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Result, bail};
 use collective_api::{ApplianceView, Client, KeyUpdate, PlaneStore, VersionDetail};
 use collective_keys::{KeyChange, Kind, Pins, PublicKey, Signed, SigningKey};
-use collective_model::{ApplianceName, ByteSize, Digest, Manifest, Name, Reference};
+use collective_model::{ApplianceName, ByteSize, Cpu, Digest, Manifest, Name, Reference};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
@@ -104,7 +104,9 @@ impl Show {
             ui.line(format!("  signed by {}", detail.manifest.key));
             ui.line(format!("  published {}", manifest.created));
             let firmware = format!("{:?}", hardware.firmware).to_lowercase();
-            ui.line(format!("  machine   {} cpus, {} MiB, {firmware}", hardware.cpus, hardware.memory.0 >> 20));
+            let processor = if hardware.cpu == Cpu::Host { ", the host's own processor" } else { "" };
+            let (cpus, mib) = (hardware.cpus, hardware.memory.0 >> 20);
+            ui.line(format!("  machine   {cpus} cpus, {mib} MiB, {firmware}{processor}"));
             for disk in &manifest.disks {
                 let role = format!("{:?}", disk.role).to_lowercase();
                 ui.line(format!("  disk      {} ({role}), {}", disk.name, ByteSize(disk.size.0)));

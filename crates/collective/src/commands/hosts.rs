@@ -25,6 +25,10 @@ pub struct HostOptions {
     /// Never use KVM
     #[arg(long)]
     tcg: bool,
+    /// Start machines with this processor, so that they can go on at hosts that have no better one, such as x86-64-v2-intel
+    /// [default: the best that this host has]
+    #[arg(long, value_name = "NAME")]
+    processor: Option<String>,
 }
 
 /// Add machines, list and remove them
@@ -231,12 +235,21 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
     } else {
         tokio::task::spawn_blocking(collective_vmm::detect_accelerator).await?
     };
-    let platform = Some(collective_runner::platform(&qemu, &accelerator));
+    let mut platform = collective_runner::platform(&qemu, &accelerator, collective_vmm::Processor::Host);
+    let mut warnings: Vec<String> = qemu.warning.iter().cloned().collect();
     let accelerator = match accelerator {
-        collective_vmm::Accelerator::Kvm => "kvm".to_owned(),
+        collective_vmm::Accelerator::Kvm => {
+            match collective_vmm::portable_processors(&qemu.path).await {
+                Ok(portable) => platform.portable = portable.into_iter().map(str::to_owned).collect(),
+                Err(why) => warnings.push(format!(
+                    "{why}; machines are started with all that this host's processor has, and go on only where it is the same"
+                )),
+            }
+            "kvm".to_owned()
+        }
         collective_vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
     };
-    let mut warnings: Vec<String> = qemu.warning.into_iter().collect();
+    platform.check_choice(options.processor.as_deref()).map_err(|why| anyhow!(why))?;
     if !rustix::process::geteuid().is_root() {
         warnings.push(
             "not root: all instances run as the same user, so one that breaks out of QEMU reaches the others".into(),
@@ -260,7 +273,8 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
         credentials: path,
         plane,
         force_tcg: options.tcg,
-        platform,
+        platform: Some(platform),
+        processor: options.processor,
         accelerator,
         warnings,
         cache_budget: options.cache_size.0,

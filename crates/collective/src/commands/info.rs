@@ -58,6 +58,7 @@ pub fn document(view: &InstanceView) -> Value {
         "state": seen.map_or("created", |s| s.state.as_str()), "reachable": view.reachable,
         "observed_at": seen.map(|s| s.observed_at), "host": view.host, "generation": spec.generation,
         "accelerator": seen.and_then(|s| s.accelerator.clone()),
+        "processor": seen.and_then(|s| s.processor.clone()),
         "addresses": seen.map(|s| s.addresses.clone()).unwrap_or_default(),
         "ports": spec.ports.iter().map(|p| json!({
             "address": p.address, "host": p.host, "guest": p.guest, "open": seen.is_some_and(|s| s.ports_open),
@@ -119,6 +120,9 @@ fn show(ui: &Ui, view: &InstanceView) {
     }
     if let Some(accelerator) = &seen.accelerator {
         field("accelerator", accelerator.clone());
+    }
+    if let Some(processor) = &seen.processor {
+        field("processor", processor.clone());
     }
     for port in &spec.ports {
         let state = if seen.ports_open { "open" } else { "closed" };

@@ -228,6 +228,7 @@ fn manifest(recipe: &Recipe, version: &VersionName, disks: Vec<Disk>) -> Manifes
             memory: recipe.hardware.memory,
             firmware: recipe.hardware.firmware,
             display: recipe.hardware.display,
+            cpu: recipe.hardware.cpu,
         },
         disks,
         ports: recipe.ports.clone(),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
 use collective_api::{Client, CloneRequest, HostView, InstanceView, MoveRequest, OperationRequest, OperationView};
+use collective_model::run::Platform;
 use collective_model::{ByteSize, Checkpoint as Kept, CheckpointId, Name, PublishedPort, State};
 use serde_json::{Value, json};
 
@@ -245,7 +246,12 @@ async fn check(client: &Client, view: &InstanceView, host: &Name) -> Result<Resu
     }
     let seen = view.observed.as_ref();
     let saved = seen.and_then(|seen| seen.suspended.as_ref()).map(|machine| machine.platform.clone());
-    let here = saved.or_else(|| find(&view.host)?.facts.as_ref()?.platform.clone());
+    let running = || {
+        let here = find(&view.host)?.facts.as_ref()?.platform.clone()?;
+        let cpu = seen.and_then(|seen| seen.processor.clone()).unwrap_or(here.cpu);
+        Some(Platform { cpu, portable: Vec::new(), ..here })
+    };
+    let here = saved.or_else(running);
     let there = there.facts.as_ref().and_then(|facts| facts.platform.as_ref());
     Ok(match here {
         Some(here) => here.goes_on_at(there),
