@@ -68,13 +68,16 @@ impl Instance {
             disk.layers.push(folder.join(disk.name.as_str()));
             disk.create_top = true;
         }
-        if let Some(vars) = &mut config.uefi_vars {
-            let own = folder.join("v").join("uefi-vars.fd");
-            create_folder(&folder.join("v"), 0o700).and_then(|()| std::fs::copy(&*vars, &own)).map_err(failed)?;
+        // QEMU writes to these, so it has files of its own.
+        let guarded = folder.join("v");
+        create_folder(&guarded, 0o700).map_err(failed)?;
+        for path in std::iter::once(&mut config.seed).chain(&mut config.uefi_vars) {
+            let own = guarded.join(path.file_name().unwrap_or_default());
+            std::fs::copy(&*path, &own).map_err(failed)?;
             if let Some((user, group)) = config.user {
                 std::os::unix::fs::chown(&own, Some(user), Some(group)).map_err(failed)?;
             }
-            *vars = own;
+            *path = own;
         }
         (config.ports, config.outbound, config.rehearsal) = (Vec::new(), false, true);
         Ok(config)

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use collective_model::{ApplianceName, Digest};
 use collective_store::cache::Cache;
-use collective_store::fetch::{FetchError, FrameStore};
+use collective_store::fetch::{FetchError, FrameStore, Pace};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::{self, Pack};
 use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher, Summary};
@@ -148,6 +148,56 @@ async fn a_second_state_sends_what_changed_and_both_come_back() {
     };
     assert!(names(&packs).is_disjoint(&names(&their_packs)));
     assert!(load(&objects, &objects.infos(&packs), image, &seal(2)).await.is_err());
+}
+
+/// A store over these packs, and the map of the image in them.
+async fn opened(
+    folder: &std::path::Path,
+    objects: &Arc<Objects>,
+    packs: &[Digest],
+    image: Digest,
+    seal: &Arc<Seal>,
+) -> (FrameStore, ImageMap) {
+    let cache = Cache::open(folder).unwrap().sealed(seal.clone());
+    let frames = FrameStore::new(cache, Arc::new(View(objects.clone(), objects.infos(packs))));
+    frames.add_version(&"a/b".parse().unwrap(), &image).await;
+    let map = ImageMap::load(&frames, image).await.unwrap();
+    (frames, map)
+}
+
+#[tokio::test]
+async fn what_a_store_has_not_comes_from_the_one_below() {
+    let (objects, folder) = (Arc::new(Objects::default()), tempfile::tempdir().unwrap());
+    let mut opened_ones = Vec::new();
+    for (name, key) in [("own", seal(1)), ("below", seal(2))] {
+        let (image, packs, _) = store(&objects, &disk(600, 0), &key, &[]);
+        opened_ones.push(opened(&folder.path().join(name), &objects, &packs, image, &key).await);
+    }
+    let (below, theirs) = opened_ones.pop().unwrap();
+    let (own, ours) = opened_ones.pop().unwrap();
+    let both = own.above(Arc::new(below)).await.unwrap();
+    let all: Vec<Digest> = ours.frames().chain(theirs.frames()).collect();
+    assert!(all.iter().all(|frame| !both.has(frame)));
+    let lack = both.lack(&all).await.unwrap();
+    assert_eq!(lack.frames as usize, all.len());
+    let [data, index, _] = both.moved();
+    assert!(data == 0 && index > 0, "directories and pages of both");
+    // One of each because somebody waits for it, the others ahead.
+    for map in [&ours, &theirs] {
+        let Run::Frame { digest, length, .. } = map.run_at(0) else { panic!("it is not zeros") };
+        assert_eq!(both.frame(&digest, length).await.unwrap()[..4096], disk(1, 0));
+        let mut part = [0; 100];
+        assert!(both.read_at_hand(&digest, length, 4096, &mut part).unwrap());
+        assert_eq!(part, disk(2, 0)[4096..4196]);
+    }
+    let waited_for = both.moved()[0];
+    assert_eq!(both.fetch_ahead(&all, Pace::AHEAD, &|_| {}).await.unwrap(), lack.bytes - waited_for);
+    assert!(all.iter().all(|frame| both.has(frame)));
+    assert_eq!(both.moved()[0], lack.bytes);
+    for page in ours.pages().iter().chain(theirs.pages()) {
+        both.page(page).await.unwrap();
+    }
+    assert!(matches!(both.frame(&Digest([7; 32]), 4096).await, Err(FetchError::Nowhere(_))));
 }
 
 #[tokio::test]

@@ -17,8 +17,8 @@ use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 const LINE_LIMIT: usize = 16 << 20;
 /// Events kept for a reader that is behind; more are dropped and counted.
 const EVENT_LIMIT: usize = 1024;
-/// Longest wait for the answer of a command.
-const COMMAND_LIMIT: Duration = Duration::from_secs(30);
+/// Longest wait for the answer of a command. A thread of QEMU that touches memory which comes over a thin link holds up all.
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 
 /// Why a command to QEMU gave no result.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -25,6 +25,8 @@ use crate::spawn::{Process, Rights, SpawnError, spawn};
 
 /// From the start of the process to a running guest; a loaded host takes seconds.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(30);
+/// The same for a machine that goes on: its devices look into its memory, which may come over a thin link.
+const RESUME_LIMIT: Duration = Duration::from_secs(300);
 /// QEMU has no way to say that its socket is there now.
 const SOCKET_RETRY: Duration = Duration::from_millis(5);
 /// After a process has ended, its last words on the monitor are only still being read.
@@ -203,7 +205,8 @@ impl Vm {
             start => LaunchError::Spawn { reason: start.to_string() },
         })?;
         let mut unfinished = Unfinished(Some(&process));
-        let (qmp, raw_events) = await_guest(machine, &process, &run_dir, &qmp_socket).await?;
+        let limit = if options.resume.is_some() { RESUME_LIMIT } else { LAUNCH_LIMIT };
+        let (qmp, raw_events) = await_guest(machine, &process, &run_dir, &qmp_socket, limit).await?;
         unfinished.0 = None;
         drop(unfinished);
         let (sender, events) = mpsc::channel(EVENT_LIMIT);
@@ -369,13 +372,14 @@ async fn await_guest(
     process: &Process,
     run_dir: &RunDir,
     socket: &Path,
+    limit: Duration,
 ) -> Result<(Client, RawEvents), LaunchError> {
     let no_answer =
         |reason: String| LaunchError::NoAnswer { machine: machine.name.clone(), reason, stderr: run_dir.log_tail() };
-    let result = timeout(LAUNCH_LIMIT, open_monitor(process, socket)).await;
+    let result = timeout(limit, open_monitor(process, socket)).await;
     match result {
         Ok(Ok(monitor)) => Ok(monitor),
-        Err(_) => Err(no_answer(format!("it did not run after {} s", LAUNCH_LIMIT.as_secs()))),
+        Err(_) => Err(no_answer(format!("it did not run after {} s", limit.as_secs()))),
         // A lost connection most often means that QEMU is just ending.
         Ok(Err(problem)) => match timeout(LAST_WORDS_LIMIT, process.exited()).await {
             Err(_) => Err(no_answer(problem)),

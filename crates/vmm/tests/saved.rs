@@ -150,6 +150,14 @@ async fn a_saved_machine_goes_on_where_it_was_and_can_be_reset() {
     let encoded = MachineState::decode(&saved.state.encode()).unwrap();
     assert_eq!(encoded, saved.state);
     let (vm, mut serial) = bench.resume(&saved, "memory").await;
+    // How its memory is read can be said, and the kernel has heard it ("rr" is MADV_RANDOM, proc_pid_smaps(5)).
+    for singly in [true, false] {
+        vm.page_by_page(singly).await.unwrap();
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).unwrap();
+        let (_, memory) = maps.split_once("/memory\n").expect("the memory is mapped");
+        let flags = memory.lines().find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+        assert_eq!(flags.split_whitespace().any(|flag| flag == "rr"), singly, "{flags}");
+    }
     assert!(matches!(vm.status().await.unwrap(), RunState::Paused | RunState::Other(_)), "it waits for its start");
     let mut memory = vm.memory().await.unwrap();
     vm.cont().await.unwrap();

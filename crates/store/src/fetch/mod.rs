@@ -194,9 +194,11 @@ impl FrameStore {
         std::array::from_fn(|i| own[i] + below[i])
     }
 
-    /// Makes the packs of a version known. Nothing is fetched until a frame is missing.
+    /// Makes the packs of a version known. Nothing is fetched until a frame is missing. Above another store, which has all
+    /// that it will have, they are that one's.
     pub async fn add_version(&self, appliance: &ApplianceName, version: &Digest) {
-        let mut locator = self.locator.lock().await;
+        let lowest = self.below.as_ref().map_or(self, |below| &below.store);
+        let mut locator = lowest.locator.lock().await;
         if !locator.versions.iter().any(|(_, known)| known == version) {
             locator.versions.push((appliance.clone(), *version));
         }
