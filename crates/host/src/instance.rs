@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json, write_json};
 use crate::link;
+use crate::merging::Merging;
 use crate::record::Record;
 use crate::tunnel::Dial;
 
@@ -49,6 +50,7 @@ pub(crate) struct Instance {
     crashes: u32,
     pub started: Instant,
     retry_at: Option<Instant>,
+    pub merging: Merging,
     gone: bool,
 }
 
@@ -85,6 +87,7 @@ impl Instance {
             crashes: 0,
             started: Instant::now(),
             retry_at: None,
+            merging: Merging::default(),
             gone: false,
         };
         instance.save()?;
@@ -115,6 +118,9 @@ impl Instance {
             self.restart_if_due().await;
             if let Err(why) = self.let_users_in().await {
                 tracing::warn!(why, "the ports of a machine that went on stay closed for now");
+            }
+            if !self.gone {
+                self.merge_on().await;
             }
         }
     }

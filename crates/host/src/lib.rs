@@ -12,6 +12,7 @@ mod daemon;
 mod files;
 mod instance;
 mod link;
+mod merging;
 mod private;
 mod record;
 mod report;

@@ -66,7 +66,8 @@ impl Instance {
         if !ends && let Some(full) = self.record.disks.iter().find(|disk| disk.layers.len() >= MOST_LAYERS) {
             let name = &full.name;
             return Err(format!(
-                "disk \"{name}\" has {MOST_LAYERS} layers, and more are not kept; go back to an older checkpoint"
+                "disk \"{name}\" has {MOST_LAYERS} layers, and more are not kept. What lies between checkpoints becomes one \
+                 layer by itself, so forget some (`collective checkpoint NAME --forget NUMBER`), and try again in a minute"
             ));
         }
         let number = self.record.reserve_layer();
@@ -213,6 +214,7 @@ impl Instance {
             Ok(machine) => {
                 let bytes = collective_model::ByteSize(machine.info.bytes);
                 self.record.memory.clear();
+                self.record.base = None;
                 self.record.suspended = Some(SuspendedRecord { machine, disks });
                 self.set_state(State::Suspended);
                 self.event("suspended", format!("suspended; its memory and devices took {bytes} more"));
@@ -287,6 +289,7 @@ impl Instance {
     /// The machine runs: what was saved is not gone on with again.
     pub(crate) fn went_on(&mut self) {
         if let Some(suspended) = self.record.suspended.take() {
+            self.record.base = suspended.machine.memory.last().copied();
             self.record.memory = suspended.machine.memory;
         }
         self.trigger(Trigger::Up);

@@ -14,6 +14,7 @@ mod manifest;
 mod names;
 mod recipe;
 pub mod run;
+pub mod run_merge;
 pub mod run_private;
 mod units;
 mod update;

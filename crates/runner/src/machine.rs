@@ -66,6 +66,7 @@ async fn start(
     let disks = open_disks(&shared).await?;
     *shared.disks() = disks.clone();
     let memory = open_memory(&shared)?;
+    shared.memory().clone_from(&memory);
     let mount = mount(layout, &shared.config, &disks, memory)?;
     match launch(layout, &shared).await {
         Ok((vm, events, saver)) => {
@@ -303,6 +304,7 @@ impl Running {
                             asked = true;
                             deadline = Some(Instant::now());
                         }
+                        Order::Merged { layers, target, done } => _ = done.send(saver.replace(&layers, &target)),
                         Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
                         Order::Save(order) => {
                             let outcome = saver.save(vm, shared, &order).await;

@@ -1,5 +1,6 @@
 //! What the tasks of a runner share: its status, and the orders that come in.
 
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -40,10 +41,21 @@ impl NotStarted {
 /// What a daemon may order.
 #[derive(Debug)]
 pub(crate) enum Order {
-    Stop { limit_ms: u64 },
+    Stop {
+        limit_ms: u64,
+    },
     PowerOff,
-    Forward { port: u16, done: oneshot::Sender<Result<(), String>> },
+    Forward {
+        port: u16,
+        done: oneshot::Sender<Result<(), String>>,
+    },
     Save(SaveOrder),
+    /// These layers of memory are one now.
+    Merged {
+        layers: Vec<PathBuf>,
+        target: PathBuf,
+        done: oneshot::Sender<bool>,
+    },
 }
 
 /// Shared by all tasks.
@@ -51,6 +63,8 @@ pub(crate) struct Shared {
     pub config: RunConfig,
     pub store: Arc<FrameStore>,
     pub disks: Mutex<Vec<Arc<Disk>>>,
+    /// The memory that the machine went on with.
+    pub memory: Mutex<Option<Arc<Disk>>>,
     pub gate: Gate,
     pub orders: mpsc::Sender<Order>,
     status: Mutex<RunStatus>,
@@ -59,7 +73,8 @@ pub(crate) struct Shared {
 impl Shared {
     pub fn new(config: RunConfig, store: Arc<FrameStore>, gate: Gate, orders: mpsc::Sender<Order>) -> Self {
         let status = RunStatus { protocol: PROTOCOL, pid: std::process::id(), ..Default::default() };
-        Self { config, store, disks: Mutex::default(), gate, orders, status: Mutex::new(status) }
+        let (disks, memory) = Default::default();
+        Self { config, store, disks, memory, gate, orders, status: Mutex::new(status) }
     }
 
     pub fn status(&self) -> MutexGuard<'_, RunStatus> {
@@ -68,6 +83,10 @@ impl Shared {
 
     pub fn disks(&self) -> MutexGuard<'_, Vec<Arc<Disk>>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn memory(&self) -> MutexGuard<'_, Option<Arc<Disk>>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The status with everything that is counted elsewhere.

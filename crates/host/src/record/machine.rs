@@ -35,7 +35,7 @@ pub struct MachineRecord {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StoredRecord {
     backup: BackupId,
-    disks: Vec<DiskRecord>,
+    pub(super) disks: Vec<DiskRecord>,
     epoch: Option<String>,
 }
 

@@ -1,0 +1,202 @@
+//! Layers become one, while the guest runs and while it does not, whoever dies meanwhile; the guest never notices.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use serde_json::Value;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
+const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+const LONG: Duration = Duration::from_secs(120);
+
+fn launch(fleet: &Fleet, name: &str) -> Guest {
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    let port = free_port();
+    fleet.ok(&["launch", "test/tiny:1", "--name", name, "--publish", &format!("{port}:80")]);
+    fleet.wait(name, "healthy");
+    Guest { port }
+}
+
+/// Where its host keeps what it knows of an instance.
+fn record_path(fleet: &Fleet, name: &str) -> PathBuf {
+    let info = fleet.info(name);
+    let instances = fleet.host_data(info["host"].as_str().unwrap()).join("instances");
+    instances.join(info["id"].as_str().unwrap()).join("instance.json")
+}
+
+/// Replaced whole, so it can be read at any time.
+fn read(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn record(fleet: &Fleet, name: &str) -> Value {
+    read(&record_path(fleet, name))
+}
+
+fn count(layers: &Value) -> usize {
+    layers.as_array().map_or(0, Vec::len)
+}
+
+/// Layers of each disk and of the memory.
+fn depths(record: &Value) -> Vec<usize> {
+    let disks = record["disks"].as_array().unwrap().iter().map(|disk| count(&disk["layers"]));
+    let memory = count(&record["memory"]).max(count(&record["suspended"]["machine"]["memory"]));
+    disks.chain([memory]).collect()
+}
+
+/// Memory has what was put there, the disk has what memory says, and the writer goes on.
+#[track_caller]
+fn sound(guest: &Guest, generation: &str) {
+    assert_eq!(guest.get("/pages"), format!("5120 pages of {generation}, 0 bad"));
+    guest.get("/count?off");
+    let ring = guest.get("/ring");
+    assert!(ring.ends_with(", 0 bad"), "{ring}");
+    guest.get("/count?on");
+}
+
+/// Waits until every disk and the memory has at most so many layers, and nothing else is left of the others.
+#[track_caller]
+fn few_layers(fleet: &Fleet, name: &str, most: usize) {
+    eventually("few layers are left", LONG, || {
+        let record = record(fleet, name);
+        let few = depths(&record).iter().all(|depth| *depth <= most);
+        (few && record["merge"].is_null()).then_some(())
+    });
+}
+
+fn forget(fleet: &Fleet, name: &str, keep: &[u64]) {
+    for kept in fleet.json(&["timeline", name]).as_array().unwrap() {
+        let id = kept["id"].as_u64().unwrap();
+        if !keep.contains(&id) {
+            fleet.ok(&["checkpoint", name, "--forget", &id.to_string()]);
+        }
+    }
+}
+
+#[test]
+fn what_was_kept_and_forgotten_leaves_few_layers() {
+    let fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    let mut generation = guest.get("/fill?20");
+    guest.get("/count?on");
+    let mut third = String::new();
+    for number in 1..=6 {
+        fleet.ok(&["checkpoint", "n"]);
+        if number == 3 {
+            third = generation;
+        }
+        generation = guest.get("/fill?20");
+    }
+    // Each is kept, so nothing can be merged.
+    assert!(depths(&record(&fleet, "n")).iter().any(|depth| *depth > 6));
+    forget(&fleet, "n", &[3]);
+    // One layer up to the third, what came since, and what takes the writes.
+    few_layers(&fleet, "n", 4);
+    sound(&guest, &generation);
+    let qemu = fleet.qemu_pid("n");
+
+    // Suspends and resumes, with merges while it runs and while it does not.
+    for _ in 0..4 {
+        fleet.ok(&["suspend", "n"]);
+        fleet.ok(&["resume", "n"]);
+        sound(&guest, &generation);
+    }
+    assert_ne!(fleet.qemu_pid("n"), qemu);
+    few_layers(&fleet, "n", 5);
+    sound(&guest, &generation);
+    fleet.ok(&["checkpoint", "n"]);
+    fleet.ok(&["suspend", "n"]);
+    forget(&fleet, "n", &[3]);
+    few_layers(&fleet, "n", 4);
+    assert_eq!(fleet.info("n")["in_store"], true, "what is in the store is the same as before");
+    fleet.ok(&["resume", "n"]);
+    sound(&guest, &generation);
+
+    // What was kept is as it was, and so is the present that it takes the place of.
+    let back = fleet.json(&["restore", "n", "3"]);
+    sound(&guest, &third);
+    forget(&fleet, "n", &[back["kept_as_checkpoint"].as_u64().unwrap()]);
+    few_layers(&fleet, "n", 4);
+    sound(&guest, &third);
+    fleet.ok(&["restore", "n", &back["kept_as_checkpoint"].to_string()]);
+    sound(&guest, &generation);
+    // From its disks, and not from what the guest remembers of them.
+    guest.put("/notes/kept", "acknowledged");
+    fleet.ok(&["restart", "n"]);
+    guest.answers();
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+    forget(&fleet, "n", &[]);
+    fleet.ok(&["stop", "n"]);
+    few_layers(&fleet, "n", 3);
+    fleet.ok(&["start", "n"]);
+    guest.answers();
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+}
+
+#[test]
+fn deaths_while_layers_become_one() {
+    let mut fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    let mut generation = guest.get("/fill?20");
+    guest.put("/notes/kept", "acknowledged");
+    guest.get("/count?on");
+    let mut interrupted = 0;
+    for round in 0..4u64 {
+        for _ in 0..3 {
+            fleet.ok(&["checkpoint", "n"]);
+            generation = guest.get("/fill?20");
+        }
+        let keep = fleet.json(&["checkpoint", "n"])["id"].as_u64().unwrap();
+        forget(&fleet, "n", &[keep]);
+        eventually("layers are being merged", LONG, || (!record(&fleet, "n")["merge"].is_null()).then_some(()));
+        std::thread::park_timeout(Duration::from_millis(round * 150));
+        interrupted += u64::from(!record(&fleet, "n")["merge"].is_null());
+        match round % 2 {
+            // The daemon: the runner goes on merging, and the next daemon hears of it.
+            0 => {
+                fleet.kill_up();
+                fleet.up();
+                sound(&guest, &generation);
+            }
+            // The runner: a power cut to the guest.
+            _ => {
+                let boots = guest.get("/boots");
+                let runner = rustix::process::Pid::from_raw(fleet.runner_pid("n")).unwrap();
+                rustix::process::kill_process(runner, rustix::process::Signal::KILL).unwrap();
+                eventually("it boots again", LONG, || {
+                    guest.request("GET", "/boots", "").filter(|(_, now)| *now.trim_end() != boots)
+                });
+                fleet.wait("n", "healthy");
+                generation = guest.get("/fill?20");
+                guest.get("/count?on");
+            }
+        }
+        few_layers(&fleet, "n", 5);
+        sound(&guest, &generation);
+        assert_eq!(guest.get("/notes/kept"), "acknowledged");
+        // What was kept can still be gone back to.
+        fleet.ok(&["restore", "n", &keep.to_string()]);
+        assert!(guest.get("/pages").ends_with(", 0 bad"));
+        generation = guest.get("/fill?20");
+        guest.get("/count?on");
+    }
+    assert!(interrupted > 0, "no merge was interrupted");
+
+    // While it is suspended.
+    for _ in 0..3 {
+        fleet.ok(&["suspend", "n"]);
+        fleet.ok(&["resume", "n"]);
+        guest.get("/fill?20");
+    }
+    fleet.ok(&["checkpoint", "n"]);
+    generation = guest.get("/fill?20");
+    fleet.ok(&["suspend", "n"]);
+    forget(&fleet, "n", &[]);
+    fleet.kill_up();
+    fleet.up();
+    few_layers(&fleet, "n", 4);
+    fleet.ok(&["resume", "n"]);
+    sound(&guest, &generation);
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+}
