@@ -200,3 +200,66 @@ fn deaths_while_layers_become_one() {
     sound(&guest, &generation);
     assert_eq!(guest.get("/notes/kept"), "acknowledged");
 }
+
+fn scheduled(record: &Value) -> Vec<u64> {
+    let kept = record["checkpoints"].as_array().unwrap().iter().filter(|kept| kept["info"]["scheduled"] == true);
+    kept.map(|kept| kept["info"]["id"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn checkpoints_by_the_clock() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join_over_link("b");
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    let guest = Guest { port: free_port() };
+    fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "b", "--publish", &format!("{}:80", guest.port)]);
+    fleet.wait("n", "healthy");
+    let (boots, generation) = (guest.get("/boots"), guest.get("/fill?20"));
+    assert_eq!(fleet.info("n")["checkpoint_every"], Value::Null, "off by default");
+    for (value, words) in [("5s", "every 1m to every 7d"), ("8d", "every 1m to every 7d"), ("often", "or off")] {
+        let error = fleet.fails(&["set", "n", &format!("checkpoint-every={value}")]);
+        assert!(error.contains(words), "{value}: {error}");
+    }
+    let by_hand = fleet.json(&["checkpoint", "n"])["id"].as_u64().unwrap();
+    let said = fleet.json(&["set", "n", "checkpoint-every=1m"]);
+    assert_eq!(said["restarted"], false, "{said}");
+    assert_eq!(fleet.info("n")["checkpoint_every"], "1m");
+    assert!(fleet.ok(&["info", "n"]).contains("every 1m while it runs"));
+    assert!(fleet.ok(&["timeline", "n"]).contains("every 1m while it runs"));
+    let path = record_path(&fleet, "n");
+    eventually("its host has heard of it", LONG, || (read(&path)["spec"]["checkpoint_every"] == "1m").then_some(()));
+
+    // The plane is away: it is the host that takes them.
+    fleet.kill_up();
+    eventually("one is taken", LONG, || (!scheduled(&read(&path)).is_empty()).then_some(()));
+    assert_eq!(guest.get("/boots"), boots, "nothing was restarted");
+    // Two weeks later.
+    fleet.kill_host("b");
+    let mut aged = read(&path);
+    let first = scheduled(&aged)[0];
+    for kept in aged["checkpoints"].as_array_mut().unwrap() {
+        kept["info"]["taken"] = "2026-01-01T00:00:00Z".into();
+    }
+    std::fs::write(&path, serde_json::to_vec(&aged).unwrap()).unwrap();
+    fleet.run_host("b");
+    eventually("the next one is taken at once, and the old one goes", LONG, || {
+        let kept = scheduled(&read(&path));
+        (!kept.is_empty() && !kept.contains(&first)).then_some(())
+    });
+    fleet.up();
+    fleet.wait_until_settled("n");
+    let newest = eventually("the plane hears of it", LONG, || {
+        let timeline = fleet.json(&["timeline", "n"]);
+        let kept = timeline.as_array().unwrap().iter().rev().find(|kept| kept["scheduled"] == true)?.clone();
+        (kept["id"].as_u64() != Some(first)).then_some(kept)
+    });
+    assert_eq!(newest["why"], "schedule");
+    assert!(newest["machine"]["pause_us"].as_u64().unwrap() > 0, "{newest}");
+    let timeline = fleet.json(&["timeline", "n"]);
+    assert!(timeline.as_array().unwrap().iter().any(|kept| kept["id"] == by_hand), "what was made by hand stays");
+    fleet.ok(&["set", "n", "checkpoint-every=off"]);
+    assert_eq!(fleet.info("n")["checkpoint_every"], Value::Null);
+    fleet.ok(&["restore", "n", &newest["id"].to_string()]);
+    sound(&guest, &generation);
+    assert!(!fleet.ok(&["history", "n"]).contains("not-kept"));
+}

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use collective_model::{Origin, State};
+use collective_model::{Checkpoint, Origin, State};
 
 use crate::files::read_json;
 use crate::instance::{Instance, record_path};
@@ -54,11 +54,12 @@ impl Instance {
         record.disks.clone_from(disks);
         record.suspended = machine.clone().map(|machine| SuspendedRecord { machine, disks: disks.clone() });
         // Otherwise nothing would keep the layers as they are, and other instances have them too.
-        record.checkpoints = vec![CheckpointRecord { before_update: false, ..kept.clone() }];
+        let info = Checkpoint { scheduled: false, ..info.clone() };
         record.next_checkpoint = info.id.0 + 1;
+        record.checkpoints = vec![CheckpointRecord { before_update: false, info, ..kept.clone() }];
         self.set_state(if self.record.suspended.is_some() { State::Suspended } else { State::Stopped });
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
-        self.event("cloned", format!("a copy of {} as it was at checkpoint {}", other.spec.name, info.id.0));
+        self.event("cloned", format!("a copy of {} as it was at checkpoint {}", other.spec.name, kept.info.id.0));
         Ok(())
     }
 

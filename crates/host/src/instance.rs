@@ -14,6 +14,7 @@ use crate::files::{create_folder, read_json, write_json};
 use crate::link;
 use crate::merging::Merging;
 use crate::record::Record;
+use crate::timeline::Clock;
 use crate::tunnel::Dial;
 
 /// How often a runner is asked.
@@ -51,6 +52,7 @@ pub(crate) struct Instance {
     pub started: Instant,
     retry_at: Option<Instant>,
     pub merging: Merging,
+    pub clock: Clock,
     gone: bool,
 }
 
@@ -88,6 +90,7 @@ impl Instance {
             started: Instant::now(),
             retry_at: None,
             merging: Merging::default(),
+            clock: Clock::default(),
             gone: false,
         };
         instance.save()?;
@@ -120,6 +123,7 @@ impl Instance {
                 tracing::warn!(why, "the ports of a machine that went on stay closed for now");
             }
             if !self.gone {
+                self.checkpoint_if_due().await;
                 self.merge_on().await;
             }
         }

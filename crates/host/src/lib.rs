@@ -19,6 +19,7 @@ mod report;
 mod saving;
 mod seed;
 mod start;
+mod timeline;
 mod travel;
 mod tunnel;
 mod update;

@@ -23,7 +23,7 @@ pub use machine::{MachineRecord, SaveJournal, StoredRecord, SuspendedRecord};
 
 /// Finished operations that are remembered, so that a repeated order is answered and not carried out again.
 const REMEMBERED: usize = 32;
-/// Checkpoints that are kept.
+/// Checkpoints that are kept, beside those that the clock took, which are thinned by their age.
 const KEPT_CHECKPOINTS: usize = 32;
 
 /// Everything about an instance on this host.
@@ -272,6 +272,7 @@ impl Record {
             version_name: self.version_name(),
             own_bytes: layers.map(|layer| own_bytes(*layer)).sum(),
             machine: None,
+            scheduled: false,
         };
         self.keep(CheckpointRecord { info, before_update, disks: self.disks.clone(), machine: None });
         id
@@ -281,8 +282,9 @@ impl Record {
     pub(super) fn keep(&mut self, checkpoint: CheckpointRecord) {
         self.checkpoints.push(checkpoint);
         let journaled = self.update.as_ref().map(|update| update.before);
-        while self.checkpoints.len() > KEPT_CHECKPOINTS {
-            let Some(oldest) = self.checkpoints.iter().position(|old| Some(old.info.id) != journaled) else { break };
+        while self.checkpoints.iter().filter(|kept| !kept.info.scheduled).count() > KEPT_CHECKPOINTS {
+            let goes = |old: &CheckpointRecord| !old.info.scheduled && Some(old.info.id) != journaled;
+            let Some(oldest) = self.checkpoints.iter().position(goes) else { break };
             self.checkpoints.remove(oldest);
         }
     }

@@ -16,6 +16,7 @@ mod recipe;
 pub mod run;
 pub mod run_merge;
 pub mod run_private;
+pub mod schedule;
 mod units;
 mod update;
 

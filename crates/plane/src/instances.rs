@@ -3,7 +3,7 @@
 use collective_api::{InstancePatch, InstanceView, LaunchRequest, OperationRequest, OperationView};
 use collective_model::{
     ApplianceName, Generation, InstanceId, Manifest, Name, Operation, OperationId, OperationKind, PublishedPort,
-    Reference, Selector, Spec, Timestamp, VersionName,
+    Reference, Selector, Spec, Timestamp, VersionName, schedule,
 };
 
 use crate::Plane;
@@ -62,6 +62,7 @@ impl Plane {
             authorized_keys: request.authorized_keys,
             arrival: None,
             origin: None,
+            checkpoint_every: None,
         };
         let row =
             InstanceRow { spec, host, follow: request.follow, hold_until: None, observed: None, failed: Vec::new() };
@@ -233,6 +234,13 @@ impl Plane {
         }
         if let Some(memory) = patch.memory {
             row.spec.memory = Some(memory);
+        }
+        if let Some(every) = patch.checkpoint_every {
+            let off = every.0.is_zero();
+            if !off {
+                schedule::check_interval(every).map_err(Failure::invalid)?;
+            }
+            row.spec.checkpoint_every = (!off).then_some(every);
         }
         self.enlarge(&mut row, patch.disk_sizes).await?;
         let name = row.spec.name.clone();

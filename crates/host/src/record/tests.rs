@@ -34,6 +34,7 @@ pub(crate) fn record() -> Record {
         authorized_keys: vec![],
         arrival: None,
         origin: None,
+        checkpoint_every: None,
     };
     let mut record = Record::new(spec, 0);
     record.adopt_version(&manifest("1"), Digest::of(b"1"));
@@ -124,4 +125,24 @@ fn a_journaled_checkpoint_is_never_dropped() {
     }
     assert!(record.checkpoints.iter().any(|checkpoint| checkpoint.info.id == before));
     assert!(record.checkpoints.len() <= KEPT_CHECKPOINTS);
+}
+
+#[test]
+fn what_the_clock_takes_pushes_nothing_out_that_a_person_kept() {
+    let mut record = record();
+    let by_hand = record.checkpoint("by hand".into(), false, &|_| 0);
+    let mut scheduled = Vec::new();
+    for _ in 0..100 {
+        let id = record.checkpoint("schedule".into(), false, &|_| 0);
+        record.checkpoints.last_mut().unwrap().info.scheduled = true;
+        scheduled.push(id);
+    }
+    assert_eq!(record.checkpoints.len(), 101);
+    assert_eq!(record.checkpoints[0].info.id, by_hand);
+    for _ in 0..KEPT_CHECKPOINTS {
+        record.checkpoint("by hand".into(), false, &|_| 0);
+    }
+    let left: Vec<_> = record.checkpoints.iter().map(|kept| kept.info.id).collect();
+    assert_eq!(left.len(), 100 + KEPT_CHECKPOINTS);
+    assert!(!left.contains(&by_hand) && scheduled.iter().all(|id| left.contains(id)), "the oldest by hand has gone");
 }

@@ -165,7 +165,7 @@ impl Rig {
 
     fn keep_suspended(&mut self) {
         let SuspendedRecord { machine, disks } = self.record.suspended.clone().unwrap();
-        let id = self.record.keep_machine("suspended".into(), disks, machine, 0);
+        let id = self.record.keep_machine("suspended".into(), false, disks, machine, 0);
         self.kept.insert(id.0, self.now.clone());
     }
 
@@ -189,7 +189,7 @@ impl Rig {
                 self.record.push_layers();
                 self.create_tops();
                 self.record.memory.clone_from(&machine.memory);
-                let id = self.record.keep_machine("by hand".into(), disks, machine, 0);
+                let id = self.record.keep_machine("by hand".into(), false, disks, machine, 0);
                 self.kept.insert(id.0, self.now.clone());
             }
             Step::Suspend => {
