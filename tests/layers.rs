@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use collective_volume::Layer;
 use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
@@ -262,4 +263,35 @@ fn checkpoints_by_the_clock() {
     fleet.ok(&["restore", "n", &newest["id"].to_string()]);
     sound(&guest, &generation);
     assert!(!fleet.ok(&["history", "n"]).contains("not-kept"));
+}
+
+/// More than can be opened, as if none had become one for a year.
+#[test]
+fn a_chain_that_is_too_long_is_made_shorter_before_a_start() {
+    let mut fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    guest.put("/notes/kept", "acknowledged");
+    fleet.ok(&["stop", "n"]);
+    let path = record_path(&fleet, "n");
+    fleet.kill_up();
+    let mut record = read(&path);
+    let first = record["next_layer"].as_u64().unwrap();
+    for disk in record["disks"].as_array_mut().unwrap() {
+        let size = disk["size"].as_u64().unwrap();
+        for number in first..first + 300 {
+            if disk["name"] == "data" {
+                Layer::create(&path.with_file_name("layers").join(number.to_string()), size).unwrap();
+                disk["layers"].as_array_mut().unwrap().push(number.into());
+            }
+        }
+    }
+    record["next_layer"] = (first + 300).into();
+    record["state"] = "starting".into();
+    record["spec"]["on"] = true.into();
+    std::fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
+    fleet.up();
+    guest.answers();
+    assert_eq!(guest.get("/notes/kept"), "acknowledged");
+    assert!(depths(&read(&path)).iter().all(|depth| *depth < 10), "{:?}", depths(&read(&path)));
+    assert!(fleet.ok(&["history", "n"]).contains("become one before it starts"));
 }

@@ -249,6 +249,10 @@ impl Instance {
 
     /// Before a machine is started: its disks and its memory have to be opened.
     pub(crate) async fn make_room(&mut self) {
+        let count = plan::longest(&self.record.chains());
+        if count > TOO_MANY {
+            self.event("merging", format!("{count} layers lie on each other; some become one before it starts"));
+        }
         while plan::longest(&self.record.chains()) > TOO_MANY {
             self.begin_merge(true).await;
             if self.record.merge.is_none() {
