@@ -59,8 +59,9 @@ fn sound(guest: &Guest, generation: &str) {
 /// Waits until every disk and the memory has at most so many layers, and nothing else is left of the others.
 #[track_caller]
 fn few_layers(fleet: &Fleet, name: &str, most: usize) {
+    let path = record_path(fleet, name);
     eventually("few layers are left", LONG, || {
-        let record = record(fleet, name);
+        let record = read(&path);
         let few = depths(&record).iter().all(|depth| *depth <= most);
         (few && record["merge"].is_null()).then_some(())
     });
@@ -142,6 +143,7 @@ fn deaths_while_layers_become_one() {
     let mut generation = guest.get("/fill?20");
     guest.put("/notes/kept", "acknowledged");
     guest.get("/count?on");
+    let path = record_path(&fleet, "n");
     let mut interrupted = 0;
     for round in 0..4u64 {
         for _ in 0..3 {
@@ -150,9 +152,9 @@ fn deaths_while_layers_become_one() {
         }
         let keep = fleet.json(&["checkpoint", "n"])["id"].as_u64().unwrap();
         forget(&fleet, "n", &[keep]);
-        eventually("layers are being merged", LONG, || (!record(&fleet, "n")["merge"].is_null()).then_some(()));
+        eventually("layers are being merged", LONG, || (!read(&path)["merge"].is_null()).then_some(()));
         std::thread::park_timeout(Duration::from_millis(round * 150));
-        interrupted += u64::from(!record(&fleet, "n")["merge"].is_null());
+        interrupted += u64::from(!read(&path)["merge"].is_null());
         match round % 2 {
             // The daemon: the runner goes on merging, and the next daemon hears of it.
             0 => {
@@ -294,4 +296,38 @@ fn a_chain_that_is_too_long_is_made_shorter_before_a_start() {
     assert_eq!(guest.get("/notes/kept"), "acknowledged");
     assert!(depths(&read(&path)).iter().all(|depth| *depth < 10), "{:?}", depths(&read(&path)));
     assert!(fleet.ok(&["history", "n"]).contains("become one before it starts"));
+}
+
+/// What the record names survives a power cut of the host, right after the old layers went.
+#[test]
+fn a_power_cut_after_a_merge() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: it takes root to make a disk that forgets");
+    }
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.real_disk("b", 2 << 30);
+    fleet.join_over_link("b");
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    let guest = Guest { port: free_port() };
+    fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "b", "--publish", &format!("{}:80", guest.port)]);
+    fleet.wait("n", "healthy");
+    let mut generations = Vec::new();
+    for number in 0..4 {
+        generations.push(guest.get("/fill?20"));
+        guest.put(&format!("/notes/{number}"), "acknowledged");
+        guest.get("/count?on");
+        fleet.ok(&["checkpoint", "n"]);
+    }
+    forget(&fleet, "n", &[3]);
+    few_layers(&fleet, "n", 4);
+    fleet.cut_power("b");
+    fleet.run_host("b");
+    eventually("it boots again", LONG, || guest.request("GET", "/notes/3", "").filter(|(status, _)| *status == 200));
+    fleet.wait("n", "healthy");
+    for number in 0..4 {
+        assert_eq!(guest.get(&format!("/notes/{number}")), "acknowledged", "note {number}");
+    }
+    fleet.ok(&["restore", "n", "3"]);
+    sound(&guest, &generations[2]);
+    assert_eq!(guest.request("GET", "/notes/3", "").unwrap().0, 404);
 }
