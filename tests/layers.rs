@@ -331,3 +331,28 @@ fn a_power_cut_after_a_merge() {
     sound(&guest, &generations[2]);
     assert_eq!(guest.request("GET", "/notes/3", "").unwrap().0, 404);
 }
+
+#[test]
+#[ignore = "takes minutes; run by make soak"]
+fn suspended_and_resumed_again_and_again() {
+    let fleet = Fleet::start(PROGRAM);
+    let guest = launch(&fleet, "n");
+    let generation = guest.get("/fill?20");
+    guest.get("/count?on");
+    let path = record_path(&fleet, "n");
+    let mut longest = 0;
+    for cycle in 0..60 {
+        fleet.ok(&["suspend", "n"]);
+        fleet.ok(&["resume", "n"]);
+        if cycle % 3 == 0 {
+            sound(&guest, &generation);
+        }
+        let depths = depths(&read(&path));
+        longest = longest.max(*depths.iter().max().unwrap());
+        eprintln!("cycle {cycle}: {depths:?} layers");
+    }
+    sound(&guest, &generation);
+    assert!(longest <= 32, "{longest} layers");
+    few_layers(&fleet, "n", 8);
+    sound(&guest, &generation);
+}

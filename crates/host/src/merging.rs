@@ -33,7 +33,10 @@ use plan::Merge;
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// What could not be merged is tried again after this time.
 const AGAIN: Duration = Duration::from_secs(600);
-/// With so many layers in a chain no machine is started before some became one: a disk cannot be opened with more than 255.
+/// No machine is started while more layers in a row wait to become one: somebody who suspends and resumes all the time leaves
+/// no other time for it.
+const TOO_MANY_WAIT: usize = 24;
+/// Nor with so many layers in a chain, if some can go: a disk cannot be opened with more than 255.
 const TOO_MANY: usize = 128;
 /// In a longer chain, layers that a clone has too are merged all the same, which takes space for what was shared.
 const MANY_SHARED: usize = 128;
@@ -94,6 +97,11 @@ impl Instance {
         if !live && let Err(error) = self.start_process(&self.order(&journal, hurry)).await {
             self.merge_failed(&journal, &format!("its process cannot be started: {error}"));
         }
+    }
+
+    fn has_too_many(&self) -> bool {
+        let waiting = self.next_merge().map_or(0, |merge| merge.layers.len());
+        waiting > TOO_MANY_WAIT || waiting > 0 && plan::longest(&self.record.chains()) > TOO_MANY
     }
 
     fn next_merge(&self) -> Option<Merge> {
@@ -249,11 +257,11 @@ impl Instance {
 
     /// Before a machine is started: its disks and its memory have to be opened.
     pub(crate) async fn make_room(&mut self) {
-        let count = plan::longest(&self.record.chains());
-        if count > TOO_MANY {
+        if self.has_too_many() {
+            let count = plan::longest(&self.record.chains());
             self.event("merging", format!("{count} layers lie on each other; some become one before it starts"));
         }
-        while plan::longest(&self.record.chains()) > TOO_MANY {
+        while self.has_too_many() {
             self.begin_merge(true).await;
             if self.record.merge.is_none() {
                 return;

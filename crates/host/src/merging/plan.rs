@@ -1,5 +1,6 @@
 //! Which layers may become one, and which of these are worth it. No I/O.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A layer that has more bytes than so many times all above it stays for itself: it would be copied for little. So what is
@@ -96,10 +97,11 @@ fn worth(run: &Merge, bytes: &dyn Fn(u64) -> u64) -> Option<Merge> {
     Some(Merge { layers: run.layers[from..].to_vec(), keep_zeros: run.keep_zeros || from > 0 })
 }
 
-/// What to merge, the first thing first. `bytes` is what a layer takes.
+/// What to merge, that first by which most layers go. `bytes` is what a layer takes.
 pub fn choose(chains: &[Chain], alone: &BTreeSet<u64>, bytes: &dyn Fn(u64) -> u64) -> Vec<Merge> {
     let mut runs = runs(chains, alone);
-    let worth: Vec<Merge> = runs.iter().filter_map(|run| worth(run, bytes)).collect();
+    let mut worth: Vec<Merge> = runs.iter().filter_map(|run| worth(run, bytes)).collect();
+    worth.sort_by_key(|run| Reverse(run.layers.len()));
     if !worth.is_empty() || longest(chains) <= MANY {
         return worth;
     }
