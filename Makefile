@@ -20,7 +20,7 @@ test: lint       ## everything that is tested, with real QEMU
 
 soak:            ## what takes long: a plain Debian with cloud-init, bad luck at many instants; SOAK=N for more
 	deploy/install-deps test
-	$(CARGO) test -p collective --test soak -- --ignored --test-threads 1
+	$(CARGO) test -p collective --test soak --test layers -- --ignored --test-threads 1
 
 # Sanitizers are not stable yet; the variable lets the stable compiler use them. What is found goes below fuzz/artifacts,
 # and belongs into fuzz/corpus once it is understood.

@@ -429,7 +429,7 @@ fn sequence(seed: u64, steps: u32) {
     let mut kept: Vec<(u64, Expected)> = Vec::new();
     for step in 0..steps {
         guest.get("/count?on");
-        let what = dice.roll(7);
+        let what = dice.roll(8);
         eprintln!("seed {seed}, step {step}: {what}");
         match what {
             0 | 1 => {
@@ -453,6 +453,11 @@ fn sequence(seed: u64, steps: u32) {
                 let back = fleet.json(&["restore", "n", &to.to_string()]);
                 kept.push((back["kept_as_checkpoint"].as_u64().unwrap(), now));
                 now = then;
+            }
+            // What lies between the others becomes one layer.
+            6 if !kept.is_empty() => {
+                let (id, _) = kept.remove(dice.roll(kept.len() as u64) as usize);
+                fleet.ok(&["checkpoint", "n", "--forget", &id.to_string()]);
             }
             _ if dice.roll(2) == 0 => {
                 let to = if fleet.info("n")["host"] == "a" { "b" } else { "a" };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use collective_keys::{PublicKey, Signed};
 use collective_model::{
     ApplianceName, ByteSize, Digest, Generation, InstanceId, Name, Observed, Operation, OperationId, OperationState,
-    PublishedPort, Spec, Timestamp, TunnelId, VersionName,
+    PublishedPort, Span, Spec, Timestamp, TunnelId, VersionName,
 };
 use collective_store::PackInfo;
 use serde::{Deserialize, Serialize};
@@ -267,6 +267,9 @@ pub struct InstancePatch {
     /// Disks to enlarge.
     #[serde(default)]
     pub disk_sizes: BTreeMap<Name, ByteSize>,
+    /// Take a checkpoint of the running machine this often, or (0) none by itself.
+    #[serde(default)]
+    pub checkpoint_every: Option<Span>,
 }
 
 /// What a connection is upgraded to when it becomes a tunnel.

@@ -12,7 +12,9 @@ use tokio::time::{Instant, sleep};
 use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json, write_json};
 use crate::link;
+use crate::merging::Merging;
 use crate::record::Record;
+use crate::timeline::Clock;
 use crate::tunnel::Dial;
 
 /// How often a runner is asked.
@@ -49,6 +51,8 @@ pub(crate) struct Instance {
     crashes: u32,
     pub started: Instant,
     retry_at: Option<Instant>,
+    pub merging: Merging,
+    pub clock: Clock,
     gone: bool,
 }
 
@@ -85,6 +89,8 @@ impl Instance {
             crashes: 0,
             started: Instant::now(),
             retry_at: None,
+            merging: Merging::default(),
+            clock: Clock::default(),
             gone: false,
         };
         instance.save()?;
@@ -115,6 +121,10 @@ impl Instance {
             self.restart_if_due().await;
             if let Err(why) = self.let_users_in().await {
                 tracing::warn!(why, "the ports of a machine that went on stay closed for now");
+            }
+            if !self.gone {
+                self.checkpoint_if_due().await;
+                self.merge_on().await;
             }
         }
     }

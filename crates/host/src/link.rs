@@ -59,9 +59,18 @@ pub fn spawn_sender(command: &[OsString], dir: &Path, disk: &Name) -> std::io::R
 /// Starts a process that does something with the private data of the machine in `dir`: it reads an order from its standard
 /// input, tells how it is going on its standard output, and ends with us, and with its handle.
 pub fn spawn_private(command: &[OsString], dir: &Path) -> std::io::Result<tokio::process::Child> {
+    spawn_with(command, dir, "--private")
+}
+
+/// Starts a process that merges layers on which no machine runs; the same holds for it.
+pub fn spawn_merger(command: &[OsString], dir: &Path) -> std::io::Result<tokio::process::Child> {
+    spawn_with(command, dir, "--merge")
+}
+
+fn spawn_with(command: &[OsString], dir: &Path, what: &str) -> std::io::Result<tokio::process::Child> {
     let (mut runner, _) = runner(command, dir)?;
     let pipe = std::process::Stdio::piped;
-    runner.arg("--private").stdin(pipe()).stdout(pipe()).kill_on_drop(true).spawn()
+    runner.arg(what).stdin(pipe()).stdout(pipe()).kill_on_drop(true).spawn()
 }
 
 /// Starts a runner for `dir` that ends with us, and with its handle.

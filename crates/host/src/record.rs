@@ -3,7 +3,10 @@
 //! Disks are chains of layers. A checkpoint is a copy of the chains: from then on these layers are frozen, and each
 //! disk goes on with a new one. Going back is putting an old chain, with a new layer on top, in place of the present.
 
+mod chains;
 mod machine;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -15,11 +18,12 @@ use collective_model::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use chains::MergeJournal;
 pub use machine::{MachineRecord, SaveJournal, StoredRecord, SuspendedRecord};
 
 /// Finished operations that are remembered, so that a repeated order is answered and not carried out again.
 const REMEMBERED: usize = 32;
-/// Checkpoints that are kept.
+/// Checkpoints that are kept, beside those that the clock took, which are thinned by their age.
 const KEPT_CHECKPOINTS: usize = 32;
 
 /// Everything about an instance on this host.
@@ -51,12 +55,18 @@ pub struct Record {
     /// Layers that are still in the store.
     #[serde(default)]
     pub arriving: Option<Arriving>,
-    /// Layers of memory that the present machine went on with.
+    /// Layers of memory over which the present machine is saved next.
     #[serde(default)]
     pub memory: Vec<u64>,
+    /// The last one of these with which the present machine went on; none: it was booted.
+    #[serde(default)]
+    pub base: Option<u64>,
     /// An order to save the machine whose outcome is open.
     #[serde(default)]
     pub save: Option<SaveJournal>,
+    /// Layers that are being merged.
+    #[serde(default)]
+    pub merge: Option<MergeJournal>,
     /// Finished operations.
     pub done: Vec<(OperationId, OperationState)>,
     /// Layers that no run has created yet; any other that is missing is damage.
@@ -141,7 +151,9 @@ impl Record {
             arrived: None,
             arriving: None,
             memory: Vec::new(),
+            base: None,
             save: None,
+            merge: None,
             done: Vec::new(),
             fresh: BTreeSet::new(),
             next_layer: 1,
@@ -264,6 +276,7 @@ impl Record {
             version_name: self.version_name(),
             own_bytes: layers.map(|layer| own_bytes(*layer)).sum(),
             machine: None,
+            scheduled: false,
         };
         self.keep(CheckpointRecord { info, before_update, disks: self.disks.clone(), machine: None });
         id
@@ -273,8 +286,9 @@ impl Record {
     pub(super) fn keep(&mut self, checkpoint: CheckpointRecord) {
         self.checkpoints.push(checkpoint);
         let journaled = self.update.as_ref().map(|update| update.before);
-        while self.checkpoints.len() > KEPT_CHECKPOINTS {
-            let Some(oldest) = self.checkpoints.iter().position(|old| Some(old.info.id) != journaled) else { break };
+        while self.checkpoints.iter().filter(|kept| !kept.info.scheduled).count() > KEPT_CHECKPOINTS {
+            let goes = |old: &CheckpointRecord| !old.info.scheduled && Some(old.info.id) != journaled;
+            let Some(oldest) = self.checkpoints.iter().position(goes) else { break };
             self.checkpoints.remove(oldest);
         }
     }
@@ -308,10 +322,15 @@ impl Record {
     /// All layers that something holds.
     pub fn held_layers(&self) -> BTreeSet<u64> {
         let disks = self.disks.iter().chain(self.kept_disks()).flat_map(|disk| &disk.layers);
-        let machines = self.checkpoints.iter().filter_map(|checkpoint| checkpoint.machine.as_ref());
-        let machines = machines.chain(self.suspended.as_ref().map(|suspended| &suspended.machine));
-        let memory = machines.flat_map(|machine| &machine.memory).chain(&self.memory);
-        disks.chain(memory).copied().chain(self.save.as_ref().map(|save| save.number)).collect()
+        let memory = self.machines().flat_map(|machine| &machine.memory).chain(&self.memory);
+        let begun = self.save.iter().map(|save| save.number).chain(self.merge.iter().map(|merge| merge.number));
+        disks.chain(memory).copied().chain(begun).collect()
+    }
+
+    /// Machines that stand still.
+    pub fn machines(&self) -> impl Iterator<Item = &MachineRecord> {
+        let kept = self.checkpoints.iter().filter_map(|checkpoint| checkpoint.machine.as_ref());
+        kept.chain(self.suspended.as_ref().map(|suspended| &suspended.machine))
     }
 
     /// The outcome of an operation that was carried out before.
@@ -341,137 +360,4 @@ pub fn screen_path(folder: &Path, layer: u64) -> PathBuf {
 /// Where a layer is.
 pub fn layer_path(folder: &Path, layer: u64) -> PathBuf {
     folder.join("layers").join(layer.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use collective_model::{Generation, InstanceId};
-
-    fn manifest(version: &str) -> Manifest {
-        serde_json::from_value(serde_json::json!({
-            "format": 1, "appliance": "demo/notes", "version": version, "created": "2026-11-22T00:00:00Z",
-            "hardware": { "cpus": 1, "memory": 536870912 },
-            "disks": [
-                { "name": "system", "role": "system", "size": 1048576, "image": Digest::of(version.as_bytes()) },
-                { "name": "data", "role": "data", "size": 1048576 },
-                { "name": "tmp", "role": "scratch", "size": 1048576 }
-            ]
-        }))
-        .unwrap()
-    }
-
-    fn record() -> Record {
-        let spec = Spec {
-            id: InstanceId::from_random([1; 16]),
-            name: "n".parse().unwrap(),
-            generation: Generation(1),
-            appliance: "demo/notes".parse().unwrap(),
-            version: Digest::of(b"1"),
-            on: true,
-            power_serial: 1,
-            ports: vec![],
-            settings: Default::default(),
-            outbound: true,
-            cpus: None,
-            memory: None,
-            disk_sizes: Default::default(),
-            authorized_keys: vec![],
-            arrival: None,
-            origin: None,
-        };
-        let mut record = Record::new(spec, 0);
-        record.adopt_version(&manifest("1"), Digest::of(b"1"));
-        record.prepare_start(&|_| false);
-        record
-    }
-
-    fn layers(record: &Record) -> Vec<Vec<u64>> {
-        record.disks.iter().map(|disk| disk.layers.clone()).collect()
-    }
-
-    #[test]
-    fn a_restart_keeps_system_and_data_and_forgets_scratch() {
-        let mut record = record();
-        assert_eq!(layers(&record), [[1], [2], [3]]);
-        record.prepare_start(&|_| false);
-        assert_eq!(layers(&record), [[1], [2], [4]]);
-    }
-
-    #[test]
-    fn an_update_and_back_with_and_without_data() {
-        let mut record = record();
-        let before = record.checkpoint("before update to 2".into(), true, &|_| 5);
-        record.adopt_version(&manifest("2"), Digest::of(b"2"));
-        record.prepare_start(&|_| false);
-        assert_eq!(
-            layers(&record),
-            [vec![4], vec![2, 5], vec![6]],
-            "the old data layer is frozen, a new one takes writes"
-        );
-        assert_eq!(record.disks[0].image.as_ref().unwrap().version, Digest::of(b"2"));
-
-        let target = record.rollback_target(false).unwrap().clone();
-        assert_eq!(target.info.id, before);
-        let mut system_only = record.clone();
-        system_only.checkpoint("before rollback".into(), false, &|_| 0);
-        system_only.restore(&target, false);
-        system_only.prepare_start(&|_| false);
-        assert_eq!(layers(&system_only)[..2], [vec![1, 7], vec![2, 5, 8]]);
-        assert_eq!(system_only.version, Digest::of(b"1"));
-        assert!(system_only.rollback_target(false).is_none(), "there is no older version");
-        assert!(system_only.rollback_target(true).is_some(), "its data can still go back");
-
-        record.checkpoint("failed".into(), false, &|_| 0);
-        record.restore(&target, true);
-        record.prepare_start(&|_| false);
-        assert_eq!(layers(&record)[..2], [vec![1, 7], vec![2, 8]], "data as before the update");
-        assert!(record.held_layers().contains(&5), "the failed side is kept");
-    }
-
-    #[test]
-    fn what_is_in_the_store_is_what_it_is_now_or_nothing() {
-        let mut record = record();
-        let backup: BackupId = "7".repeat(32).parse().unwrap();
-        record.note_stored(backup.clone());
-        assert_eq!(record.in_store(), Some(&backup));
-        let before = record.clone();
-        record.put_data(&"data".parse().unwrap(), 1 << 20, 99);
-        assert_eq!(record.in_store(), None, "a backup was restored since");
-        let mut restored = before.clone();
-        let target = restored.checkpoint("x".into(), true, &|_| 0);
-        restored.prepare_start(&|_| false);
-        let target = restored.checkpoints.iter().find(|kept| kept.info.id == target).unwrap().clone();
-        assert_eq!(restored.in_store(), None);
-        restored.restore(&target, true);
-        assert_eq!(restored.in_store(), Some(&backup), "it is what was stored again");
-        let mut moved = before;
-        let arrival: BackupId = "8".repeat(32).parse().unwrap();
-        moved.spec.arrival = Some(arrival.clone());
-        assert_eq!(moved.in_store(), Some(&arrival), "what is to arrive counts, and not what is left here");
-    }
-
-    #[test]
-    fn a_layer_that_another_instance_has_too_is_not_written_to() {
-        let mut record = record();
-        record.prepare_start(&|layer| layer == 2);
-        assert_eq!(layers(&record)[..2], [vec![1], vec![2, 4]]);
-    }
-
-    #[test]
-    fn a_journaled_checkpoint_is_never_dropped() {
-        let mut record = record();
-        let before = record.checkpoint("before".into(), true, &|_| 0);
-        record.update = Some(UpdateJournal {
-            operation: OperationId::from_random([2; 16]),
-            before,
-            bytes_fetched: 0,
-            closed: Timestamp(0),
-        });
-        for _ in 0..30 {
-            record.checkpoint("later".into(), false, &|_| 0);
-        }
-        assert!(record.checkpoints.iter().any(|checkpoint| checkpoint.info.id == before));
-        assert!(record.checkpoints.len() <= KEPT_CHECKPOINTS);
-    }
 }

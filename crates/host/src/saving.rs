@@ -62,20 +62,35 @@ impl Instance {
 
     /// Has the runner save the machine: as a checkpoint for this reason, or to end it.
     async fn save_machine(&mut self, id: &OperationId, why: Option<String>) -> Result<(), String> {
+        self.begin_save(Some(id.clone()), why).await
+    }
+
+    /// Keeps the running machine as a checkpoint that the clock wants.
+    pub(crate) async fn save_scheduled(&mut self, why: String) -> Result<(), String> {
+        self.begin_save(None, Some(why)).await
+    }
+
+    /// Without an order it is the clock that wants it.
+    async fn begin_save(&mut self, order: Option<OperationId>, why: Option<String>) -> Result<(), String> {
         let ends = why.is_none();
         if !ends && let Some(full) = self.record.disks.iter().find(|disk| disk.layers.len() >= MOST_LAYERS) {
             let name = &full.name;
             return Err(format!(
-                "disk \"{name}\" has {MOST_LAYERS} layers, and more are not kept; go back to an older checkpoint"
+                "disk \"{name}\" has {MOST_LAYERS} layers, and more are not kept. What lies between checkpoints becomes one \
+                 layer by itself, so forget some (`collective checkpoint NAME --forget NUMBER`), and try again in a minute"
             ));
         }
         let number = self.record.reserve_layer();
-        let epoch = format!("{id}-{number}");
+        let named = match &order {
+            Some(id) => id.clone(),
+            None => OperationId::from_random(collective_keys::random_id().map_err(|e| e.to_string())?),
+        };
+        let epoch = format!("{named}-{number}");
         let disks = self.record.disks.clone();
         if !ends {
             self.record.push_layers();
         }
-        self.record.save = Some(SaveJournal { operation: id.clone(), epoch, number, why, disks });
+        self.record.save = Some(SaveJournal { operation: order, epoch, number, why, disks });
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         self.await_save().await
     }
@@ -115,7 +130,8 @@ impl Instance {
                 Some(save) => match save.outcome {
                     None => {
                         let (doing, done) = ("saving memory".to_owned(), save.written);
-                        self.context.tell(&journal.operation, OperationState::Running { doing, done, total: done });
+                        let progress = OperationState::Running { doing, done, total: done };
+                        journal.operation.iter().for_each(|id| self.context.tell(id, progress.clone()));
                     }
                     Some(Err(why)) => return self.not_saved(why),
                     Some(Ok(saved)) if journal.why.is_some() => return self.checkpointed(saved),
@@ -141,7 +157,11 @@ impl Instance {
             Ok(()) => OperationState::Done { result: self.described() },
             Err(error) => OperationState::Failed { error },
         };
-        self.conclude(journal.operation, outcome);
+        match (journal.operation, outcome) {
+            (Some(id), outcome) => self.conclude(id, outcome),
+            (None, OperationState::Failed { error }) => tracing::warn!(error, "a checkpoint by the clock failed"),
+            (None, _) => {}
+        }
     }
 
     fn not_saved(&mut self, why: String) -> Result<(), String> {
@@ -197,7 +217,8 @@ impl Instance {
         let why = journal.why.unwrap_or_default();
         // What comes next is saved over these.
         self.record.memory.clone_from(&machine.memory);
-        let id = self.record.keep_machine(why, journal.disks, machine, own);
+        let scheduled = journal.operation.is_none();
+        let id = self.record.keep_machine(why, scheduled, journal.disks, machine, own);
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
         tracing::info!(checkpoint = id.0, "checkpoint of a running machine");
         Ok(())
@@ -213,6 +234,7 @@ impl Instance {
             Ok(machine) => {
                 let bytes = collective_model::ByteSize(machine.info.bytes);
                 self.record.memory.clear();
+                self.record.base = None;
                 self.record.suspended = Some(SuspendedRecord { machine, disks });
                 self.set_state(State::Suspended);
                 self.event("suspended", format!("suspended; its memory and devices took {bytes} more"));
@@ -287,6 +309,7 @@ impl Instance {
     /// The machine runs: what was saved is not gone on with again.
     pub(crate) fn went_on(&mut self) {
         if let Some(suspended) = self.record.suspended.take() {
+            self.record.base = suspended.machine.memory.last().copied();
             self.record.memory = suspended.machine.memory;
         }
         self.trigger(Trigger::Up);
@@ -344,7 +367,7 @@ impl Instance {
     fn keep_suspended(&mut self, why: String) -> Result<(), String> {
         let SuspendedRecord { machine, disks } = self.record.suspended.clone().ok_or("nothing was saved")?;
         let bytes = machine.info.bytes;
-        self.record.keep_machine(why, disks, machine, bytes);
+        self.record.keep_machine(why, false, disks, machine, bytes);
         self.save().map_err(|e| format!("cannot keep its record: {e}"))
     }
 
@@ -406,31 +429,5 @@ impl Instance {
             self.set_state(State::Stopped);
         }
         Ok(result)
-    }
-
-    /// The picture of the screen at a checkpoint, as PNG in hexadecimal digits.
-    pub(crate) fn screen(&self, checkpoint: CheckpointId) -> Result<Value, String> {
-        let kept = self.record.checkpoints.iter().find(|kept| kept.info.id == checkpoint);
-        let kept = kept.ok_or_else(|| format!("there is no checkpoint {}", checkpoint.0))?;
-        let last = kept.machine.as_ref().filter(|machine| machine.info.screen).and_then(|m| m.memory.last());
-        let path = screen_path(&self.folder, *last.ok_or("there is no picture of it")?);
-        let picture = std::fs::read(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
-        let digits: String = picture.iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(json!({ "png": digits }))
-    }
-
-    /// Forgets a checkpoint.
-    pub(crate) fn forget(&mut self, checkpoint: CheckpointId) -> Result<Value, String> {
-        if self.record.update.as_ref().is_some_and(|update| update.before == checkpoint) {
-            return Err("an update under way may have to come back to it".into());
-        }
-        let before = self.record.checkpoints.len();
-        self.record.checkpoints.retain(|kept| kept.info.id != checkpoint);
-        if self.record.checkpoints.len() == before {
-            return Err(format!("there is no checkpoint {}; `collective timeline` lists them", checkpoint.0));
-        }
-        self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
-        self.drop_unheld_layers().map_err(|e| format!("it is forgotten, but its files are there still: {e}"))?;
-        Ok(json!({ "forgotten": checkpoint }))
     }
 }

@@ -23,6 +23,7 @@ impl Instance {
     pub(crate) async fn try_start(&mut self, open_ports: bool) -> Result<(), String> {
         let ordered = Timestamp::now();
         self.clear_leftovers().await;
+        self.make_room().await;
         let version = self.record.version;
         let manifest = self.manifest(&version).await?;
         if self.record.disks.is_empty() {
@@ -40,6 +41,7 @@ impl Instance {
             self.record.prepare_resume();
         } else {
             self.record.memory.clear();
+            self.record.base = None;
             let (folder, arriving) = (self.folder.clone(), self.record.arriving.clone());
             self.record.prepare_start(&|layer| {
                 let path = layer_path(&folder, layer);
@@ -76,7 +78,8 @@ impl Instance {
         self.save().map_err(|e| format!("cannot keep its record: {e}"))
     }
 
-    /// Exactly one machine may write to the disks: whatever is left of the last run is ended first.
+    /// Exactly one machine may write to the disks: whatever is left of the last run is ended first, and whatever merges
+    /// layers that a machine is about to open.
     pub(crate) async fn clear_leftovers(&mut self) {
         if let Some(pid) = self.record.runner_pid.take() {
             link::kill(pid, &self.run_dir.to_string_lossy()).await;
@@ -85,6 +88,7 @@ impl Instance {
             link::kill(pid, &self.record.spec.id.uuid()).await;
         }
         link::clear_mount(&self.run_dir.join("v/d")).await;
+        self.end_merge();
     }
 
     /// Writes `run.json` for a process that only reads the disks of this machine, which is off.

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ApplianceName, ByteSize, Digest, DiskRole, HealthState, Name, State, Timestamp, VersionName};
+use crate::{ApplianceName, ByteSize, Digest, DiskRole, HealthState, Name, Span, State, Timestamp, VersionName};
 
 /// Counts the owners of an instance. A report or write that carries an older generation than the plane's is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -176,6 +176,9 @@ pub struct Spec {
     /// What it is a copy of; it begins as that was.
     #[serde(default)]
     pub origin: Option<Origin>,
+    /// How often a checkpoint of the running machine is taken by itself; none: never. See [`crate::schedule`].
+    #[serde(default)]
+    pub checkpoint_every: Option<Span>,
 }
 
 /// A checkpoint of another instance on the same host.
@@ -438,6 +441,9 @@ pub struct Checkpoint {
     /// Its running machine, if it has that.
     #[serde(default)]
     pub machine: Option<CheckpointMachine>,
+    /// Whether it was taken by the clock, and goes by itself.
+    #[serde(default)]
+    pub scheduled: bool,
 }
 
 /// The running machine of a checkpoint.

@@ -15,7 +15,9 @@ mod names;
 mod platform;
 mod recipe;
 pub mod run;
+pub mod run_merge;
 pub mod run_private;
+pub mod schedule;
 mod units;
 mod update;
 

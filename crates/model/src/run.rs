@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::run_merge::{MergeOrder, MergeStatus};
 use crate::run_private::{RestoreDisk, RunPack};
 use crate::{ApplianceName, Digest, Firmware, HealthCheck, HealthState, InstanceId, Name, PublishedPort, Timestamp};
 
@@ -228,6 +229,8 @@ pub enum Request {
     PowerOff,
     /// Begin to save the machine; how it goes is in the status.
     Save(SaveOrder),
+    /// Begin to merge layers of the machine, which goes on with the new one; how it goes is in the status.
+    Merge(MergeOrder),
 }
 
 /// What a runner answers.
@@ -289,6 +292,9 @@ pub struct RunStatus {
     /// How the last order to save is going.
     #[serde(default)]
     pub save: Option<SaveStatus>,
+    /// How the last order to merge is going.
+    #[serde(default)]
+    pub merge: Option<MergeStatus>,
     /// Whether it went on with a saved machine.
     #[serde(default)]
     pub resumed: bool,

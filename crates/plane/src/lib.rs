@@ -22,6 +22,7 @@ mod problem;
 mod reconcile;
 mod repack;
 mod serve;
+mod settings;
 mod storage;
 mod tunnel;
 

@@ -208,6 +208,29 @@ async fn updates_come_to_followers_but_not_to_those_held_or_brought_back() {
 }
 
 #[tokio::test]
+async fn a_schedule_is_checked_and_told_to_the_host() {
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let (image, packs) = site.upload(6).await;
+    site.publish(sign(&manifest("1", image), &key), packs).await.unwrap();
+    let host = site.join("b").await;
+    host.post::<()>("/v1/hosts/self/report", &report(vec![])).await.unwrap();
+    let launch = serde_json::json!({ "reference": "p/app:1", "name": "n", "outbound": true });
+    let view: InstanceView = site.user.post("/v1/instances", &launch).await.unwrap();
+    assert_eq!(view.spec.checkpoint_every, None, "off at first");
+    let patch = |every: &str| serde_json::json!({ "checkpoint_every": every });
+    for wrong in ["59s", "8d", "-1m", "often"] {
+        let refused = site.user.patch::<InstanceView>("/v1/instances/n", &patch(wrong)).await;
+        refused.expect_err(wrong);
+    }
+    for (every, then) in [("1m", Some(60)), ("7d", Some(7 * 86400)), ("0s", None)] {
+        site.user.patch::<InstanceView>("/v1/instances/n", &patch(every)).await.unwrap();
+        let orders: HostOrders = host.get("/v1/hosts/self/orders?seen=0&wait_ms=0").await.unwrap();
+        assert_eq!(orders.specs[0].checkpoint_every.map(|every| every.0.as_secs()), then);
+    }
+}
+
+#[tokio::test]
 async fn tunnels_are_joined_for_the_owning_host_only() {
     let site = Site::open().await;
     let key = SigningKey::generate().unwrap();

@@ -14,7 +14,7 @@ use collective_model::run::{Phase, RunDisk};
 use collective_model::{Digest, HealthState};
 use collective_store::fetch::{FetchError, Pace};
 use collective_store::trace::Trace;
-use collective_volume::Disk;
+use collective_volume::{Disk, Layer};
 use tokio::time::{Instant, sleep};
 
 use crate::MEMORY;
@@ -99,10 +99,25 @@ async fn count(shared: &Shared, all: &[Digest]) {
     }
 }
 
+/// From here on disks and memory are read from the layers that were made of what they stood on.
+fn go_on_with_layers(shared: &Shared, arrival: &Arrival) -> Result<(), String> {
+    let chains = shared.config.disks.iter().map(|disk| &disk.layers);
+    let chains = chains.chain(shared.config.resume.iter().map(|resume| &resume.memory));
+    let disks = shared.disks().clone().into_iter().chain(shared.memory().clone());
+    for (disk, lowest) in disks.zip(chains).filter_map(|(disk, chain)| Some((disk, chain.first()?))) {
+        if arrival.image(lowest).is_some() {
+            let layer = Layer::open(lowest, disk.size(), false).map_err(|e| e.to_string())?;
+            disk.put_below(layer).map_err(|e| e.to_string())?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes layers of what has come, tried again for as long as that does not work: the disk may be full.
 async fn settle(shared: &Shared, arrival: &Arrival) {
     loop {
-        match arrival.write_layers().await.map_err(String::from) {
+        let written = arrival.write_layers().await.map_err(String::from);
+        match written.and_then(|bytes| go_on_with_layers(shared, arrival).map(|()| bytes)) {
             Ok(bytes) => {
                 tracing::info!(bytes, "all has arrived");
                 let mut status = shared.status();

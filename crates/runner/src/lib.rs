@@ -9,6 +9,7 @@
 mod ahead;
 mod gate;
 mod machine;
+mod merge;
 mod platform;
 mod private;
 mod probe;
@@ -152,6 +153,12 @@ pub async fn private(
     let done = outcome.is_ok();
     teller.tell(&outcome.unwrap_or_else(|why| PrivateNews::Failed { why }));
     done
+}
+
+/// Makes one layer of several of a machine that is off: the order comes from `order`, whose end ends this process, and how it
+/// went goes to `news` ([`collective_model::run_merge`]). False if it failed.
+pub fn merge(order: impl std::io::Read + Send + 'static, news: impl std::io::Write) -> bool {
+    merge::merge_alone(order, news)
 }
 
 fn read_config(layout: &Layout) -> Result<RunConfig, String> {

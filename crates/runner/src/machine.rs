@@ -75,6 +75,7 @@ async fn start(
     let disks = open_disks(&shared).await?;
     *shared.disks() = disks.clone();
     let memory = open_memory(&shared)?;
+    shared.memory().clone_from(&memory);
     let mount = mount(layout, &shared.config, &disks, memory.clone())?;
     match launch(layout, &shared).await {
         Ok((vm, events, saver)) => {
@@ -335,6 +336,7 @@ impl Running {
                             deadline = Some(Instant::now());
                         }
                         Order::ReadOn => read_singly(vm, false).await,
+                        Order::Merged { layers, target, done } => _ = done.send(saver.replace(&layers, &target)),
                         Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
                         Order::Save(order) => {
                             let outcome = saver.save(vm, shared, &order).await;

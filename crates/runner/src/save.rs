@@ -44,9 +44,9 @@ const MAX_STATE: usize = 512 << 20;
 pub(crate) struct Saver {
     platform: Platform,
     /// Layers that the machine went on with.
-    base: Vec<PathBuf>,
+    pub(crate) base: Vec<PathBuf>,
     /// Layers that the next one comes over.
-    chain: Vec<PathBuf>,
+    pub(crate) chain: Vec<PathBuf>,
     memory: Option<GuestMemory>,
 }
 

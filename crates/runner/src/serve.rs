@@ -8,6 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 
+use crate::merge;
 use crate::state::{Order, Shared};
 
 /// Serves daemons until the runner ends.
@@ -42,7 +43,7 @@ async fn converse(stream: UnixStream, shared: Arc<Shared>) -> io::Result<()> {
     }
 }
 
-async fn answer(request: Request, shared: &Shared) -> Reply {
+async fn answer(request: Request, shared: &Arc<Shared>) -> Reply {
     let done = match request {
         Request::Status => Ok(()),
         Request::OpenPorts => open_ports(shared),
@@ -50,6 +51,7 @@ async fn answer(request: Request, shared: &Shared) -> Reply {
         Request::Stop { limit_ms } => order(shared, Order::Stop { limit_ms }).await,
         Request::PowerOff => order(shared, Order::PowerOff).await,
         Request::Save(what) => save(shared, what).await,
+        Request::Merge(what) => merge::begin(shared, what),
     };
     match done {
         Ok(()) => Reply::Status(Box::new(shared.snapshot())),

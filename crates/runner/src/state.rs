@@ -54,6 +54,12 @@ pub(crate) enum Order {
         done: oneshot::Sender<Result<(), String>>,
     },
     Save(SaveOrder),
+    /// These layers of memory are one now.
+    Merged {
+        layers: Vec<PathBuf>,
+        target: PathBuf,
+        done: oneshot::Sender<bool>,
+    },
 }
 
 /// Shared by all tasks.
@@ -61,6 +67,8 @@ pub(crate) struct Shared {
     pub config: RunConfig,
     pub store: Arc<FrameStore>,
     pub disks: Mutex<Vec<Arc<Disk>>>,
+    /// The memory that the machine went on with.
+    pub memory: Mutex<Option<Arc<Disk>>>,
     pub gate: Gate,
     pub orders: mpsc::Sender<Order>,
     /// What comes while the machine runs.
@@ -84,6 +92,7 @@ impl Shared {
             config,
             store,
             disks: Mutex::default(),
+            memory: Mutex::default(),
             gate,
             orders,
             arrival,
@@ -105,6 +114,10 @@ impl Shared {
 
     pub fn disks(&self) -> MutexGuard<'_, Vec<Arc<Disk>>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn memory(&self) -> MutexGuard<'_, Option<Arc<Disk>>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The status with everything that is counted elsewhere.

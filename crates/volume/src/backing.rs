@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::FallocateFlags;
@@ -15,6 +16,8 @@ pub(crate) trait Backing: Debug + Send + Sync {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Makes a range zeros that take no space; the length of the file stays.
     fn punch(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// The first part of a range that may be something else than zeros.
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>>;
     /// In bytes.
     fn length(&self) -> io::Result<u64>;
     /// Grows the file with zeros.
@@ -49,6 +52,21 @@ impl Backing for File {
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(self, flags, offset, length)?)
+    }
+
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        use rustix::fs::{SeekFrom, seek};
+        // Where the file is read and written is said each time, so it does not matter where it stands.
+        let start = match seek(self, SeekFrom::Data(range.start)) {
+            // Nothing but a hole up to the end.
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            found => found?,
+        };
+        if start >= range.end {
+            return Ok(None);
+        }
+        let end = seek(self, SeekFrom::Hole(start))?;
+        Ok(Some(start..end.min(range.end)))
     }
 
     fn length(&self) -> io::Result<u64> {

@@ -3,7 +3,6 @@
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use collective_store::BLOCK;
@@ -11,6 +10,7 @@ use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
 use collective_store::trace::Trace;
 
+use crate::chain::Chain;
 use crate::layer::{Layer, LayerError};
 use crate::recorder::Recorder;
 
@@ -36,17 +36,9 @@ pub struct Disk {
     size: u64,
     image: Option<Arc<ImageMap>>,
     store: Arc<FrameStore>,
-    /// The last one takes the writes, unless the disk is frozen. Changed only with `settling` held alone.
-    layers: RwLock<Vec<Arc<Layer>>>,
-    /// The number of layers.
-    top: AtomicU8,
-    /// Layers from here on took writes since the disk was opened.
-    written: usize,
+    /// The last one takes the writes, unless the disk is frozen. Another one comes only with `settling` held alone.
+    chain: Chain,
     frozen: bool,
-    /// For each block the number of layers up to and with the one that holds it; 0: the image.
-    owner: Vec<AtomicU8>,
-    /// Blocks with an owner other than the image.
-    own: AtomicU64,
     recorder: Recorder,
     /// Whether what is read of layers is noted too.
     records_layers: bool,
@@ -58,7 +50,7 @@ pub struct Disk {
 /// Part of a read: all from one place.
 enum Piece {
     Zeros,
-    Layer(usize),
+    Layer(Arc<Layer>),
     Frame { digest: collective_model::Digest, length: u32, from: usize },
 }
 
@@ -100,46 +92,41 @@ impl Disk {
 
     /// `layers`: at least one, all of them for `size`, the last one writable.
     pub(crate) fn over(size: u64, image: Option<Arc<ImageMap>>, store: Arc<FrameStore>, layers: Vec<Layer>) -> Self {
-        let owner: Vec<AtomicU8> = (0..size.div_ceil(BLOCK)).map(|_| AtomicU8::new(0)).collect();
-        let mut own = 0;
-        for (i, layer) in layers.iter().enumerate() {
-            for block in layer.held() {
-                let Some(slot) = owner.get(block as usize) else { continue };
-                own += u64::from(slot.swap(i as u8 + 1, Ordering::Relaxed) == 0);
-            }
-        }
-        let recorder = Recorder::new(owner.len() as u64);
-        let own = AtomicU64::new(own);
-        let top = AtomicU8::new(layers.len() as u8);
-        let written = layers.len().saturating_sub(1);
-        let layers = RwLock::new(layers.into_iter().map(Arc::new).collect());
-        Self {
-            size,
-            image,
-            store,
-            layers,
-            top,
-            written,
-            frozen: false,
-            owner,
-            own,
-            recorder,
-            records_layers: false,
-            settling: RwLock::new(()),
-        }
+        let chain = Chain::new(size.div_ceil(BLOCK), layers);
+        let recorder = Recorder::new(chain.blocks());
+        Self { size, image, store, chain, frozen: false, recorder, records_layers: false, settling: RwLock::new(()) }
     }
 
     /// Keeps what the disk is now: from here on `next`, an empty layer, takes the writes. What the old layers got is
     /// durable after the next [`flush`](Self::flush).
     pub fn freeze(&self, next: Layer) -> Result<(), DiskError> {
         let _alone = self.alone();
-        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
-        if self.frozen || layers.len() == MAX_LAYERS {
-            return Err(DiskError::Layers(layers.len() + 1));
+        if self.frozen || !self.chain.push(next) {
+            return Err(DiskError::Layers(self.chain.len() + 1));
         }
-        layers.push(Arc::new(next));
-        self.top.store(layers.len() as u8, Ordering::Release);
         Ok(())
+    }
+
+    /// Goes on with `layer`, durable and frozen, below all others: it has what the image shows in the blocks that it holds.
+    pub fn put_below(&self, layer: Layer) -> Result<(), DiskError> {
+        if self.chain.push_below(layer) { Ok(()) } else { Err(DiskError::Layers(self.chain.len() + 1)) }
+    }
+
+    /// The layers at these paths, oldest first, if they are next to each other in this disk and none of them takes writes.
+    pub fn frozen_layers(&self, paths: &[PathBuf]) -> Option<Vec<Arc<Layer>>> {
+        let found = self.chain.find(paths)?;
+        (self.frozen || !self.chain.has_top(&found)).then_some(found)
+    }
+
+    /// Whether blocks of zeros in this layer can be seen: there is something below it.
+    pub fn is_over_something(&self, layer: &Arc<Layer>) -> bool {
+        self.image.is_some() || !self.chain.is_lowest(layer)
+    }
+
+    /// Goes on with `merged` ([`Layer::merge`]) in place of these layers; reads under way keep the old ones. False if they
+    /// are not all in the disk, next to each other, or take writes.
+    pub fn replace(&self, layers: &[Arc<Layer>], merged: Layer) -> bool {
+        (self.frozen || !self.chain.has_top(layers)) && self.chain.replace(layers, merged)
     }
 
     /// Whether it is never written to.
@@ -154,7 +141,7 @@ impl Disk {
 
     /// Bytes in which it differs from its image.
     pub fn own_bytes(&self) -> u64 {
-        self.own.load(Ordering::Relaxed) * BLOCK
+        self.chain.own_bytes()
     }
 
     /// The image's data frames.
@@ -172,34 +159,20 @@ impl Disk {
         self.recorder.stop()
     }
 
-    fn top(&self) -> u8 {
-        self.top.load(Ordering::Acquire)
-    }
-
-    fn layer(&self, index: usize) -> Arc<Layer> {
-        self.layers.read().unwrap_or_else(PoisonError::into_inner)[index].clone()
-    }
-
-    fn owner(&self, block: u64) -> u8 {
-        self.owner[block as usize].load(Ordering::Acquire)
-    }
-
     /// Where the bytes at `offset` come from, and how many of the next `length` come from there.
     fn piece_at(&self, offset: u64, length: usize) -> (Piece, usize) {
         let (block, within) = (offset / BLOCK, offset % BLOCK);
-        let owner = self.owner(block);
-        let blocks = (within + length as u64).div_ceil(BLOCK);
-        let alike = (1..blocks).find(|i| self.owner(block + i) != owner).unwrap_or(blocks);
+        let (owner, alike) = self.chain.run_at(block, (within + length as u64).div_ceil(BLOCK));
         let (piece, run) = match (owner, &self.image) {
-            (0, None) => (Piece::Zeros, alike),
-            (0, Some(image)) => match image.run_at(block) {
+            (Some(layer), _) => (Piece::Layer(layer), alike),
+            (None, None) => (Piece::Zeros, alike),
+            (None, Some(image)) => match image.run_at(block) {
                 Run::Zeros(run) => (Piece::Zeros, run.min(alike)),
                 Run::Frame { digest, length, offset, blocks } => {
                     let from = usize::from(offset) * BLOCK as usize + within as usize;
                     (Piece::Frame { digest, length, from }, blocks.min(alike))
                 }
             },
-            (layer, _) => (Piece::Layer(usize::from(layer) - 1), alike),
         };
         (piece, ((run * BLOCK - within) as usize).min(length))
     }
@@ -243,7 +216,7 @@ impl Disk {
             self.note(&piece, at, count);
             match piece {
                 Piece::Zeros => {}
-                Piece::Layer(layer) => self.layer(layer).read(at, part)?,
+                Piece::Layer(layer) => layer.read(at, part)?,
                 Piece::Frame { digest, length, from } => {
                     if !self.store.read_at_hand(&digest, length, from, part).map_err(|e| unreadable(&e))? {
                         return Ok(None);
@@ -266,7 +239,7 @@ impl Disk {
             self.note(&piece, at, count);
             match piece {
                 Piece::Zeros => {}
-                Piece::Layer(layer) => self.layer(layer).read(at, part)?,
+                Piece::Layer(layer) => layer.read(at, part)?,
                 Piece::Frame { digest, length, from } => {
                     let frame = self.store.frame_patiently(&digest, length).await.map_err(|e| unreadable(&e))?;
                     copy(&frame, from, part)?;
@@ -321,21 +294,21 @@ impl Disk {
 
     /// Copies a block into the top layer, so that parts of it can be written there.
     async fn own_block(&self, block: u64) -> io::Result<()> {
-        if self.owner(block) == self.top() {
+        if self.chain.is_in_top(block) {
             return Ok(());
         }
         let old = self.read(block * BLOCK, BLOCK as usize).await?;
         let _alone = self.alone();
         // Another write may have taken the block while its old content was fetched.
-        if self.owner(block) != self.top() {
-            self.top_layer().write(block * BLOCK, &old)?;
-            self.take(block..block + 1);
+        if !self.chain.is_in_top(block) {
+            self.top_layer()?.write(block * BLOCK, &old)?;
+            self.chain.take(block..block + 1);
         }
         Ok(())
     }
 
-    pub(crate) fn top_layer(&self) -> Arc<Layer> {
-        self.layer(usize::from(self.top()) - 1)
+    pub(crate) fn top_layer(&self) -> io::Result<Arc<Layer>> {
+        self.chain.top_layer().ok_or_else(|| rustix::io::Errno::ROFS.into())
     }
 
     fn changing(&self) -> RwLockReadGuard<'_, ()> {
@@ -353,19 +326,12 @@ impl Disk {
             return Ok(true);
         }
         let _changing = self.changing();
-        if self.partial_blocks(offset, data.len() as u64).iter().any(|block| self.owner(*block) != self.top()) {
+        if self.partial_blocks(offset, data.len() as u64).iter().any(|block| !self.chain.is_in_top(*block)) {
             return Ok(false);
         }
-        self.top_layer().write(offset, data)?;
-        self.take(offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK));
+        self.top_layer()?.write(offset, data)?;
+        self.chain.take(offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK));
         Ok(true)
-    }
-
-    fn take(&self, blocks: Range<u64>) {
-        for block in blocks {
-            let before = self.owner[block as usize].swap(self.top(), Ordering::AcqRel);
-            self.own.fetch_add(u64::from(before == 0), Ordering::Relaxed);
-        }
     }
 
     /// Makes a range zeros; whole blocks of it give their space back.
@@ -383,15 +349,14 @@ impl Disk {
 
     fn punch(&self, blocks: Range<u64>) -> io::Result<()> {
         let _changing = self.changing();
-        self.top_layer().discard(blocks.start, blocks.end - blocks.start)?;
-        self.take(blocks);
+        self.top_layer()?.discard(blocks.start, blocks.end - blocks.start)?;
+        self.chain.take(blocks);
         Ok(())
     }
 
     /// Makes everything written so far durable.
     pub fn flush(&self) -> io::Result<()> {
-        let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner).clone();
-        layers.iter().skip(self.written).try_for_each(|layer| layer.flush())
+        self.chain.flush()
     }
 }
 

@@ -60,6 +60,7 @@ pub struct Layer {
     map: Box<dyn Backing>,
     /// Where the log is follows from it.
     size: u64,
+    made_for: u64,
     /// Shared by all who change blocks, while they do.
     fixed: RwLock<Fixed>,
     bits: Mutex<Bits>,
@@ -189,6 +190,13 @@ impl Layer {
         Self::over(path, Box::new(data), Box::new(map), size, writable)
     }
 
+    /// Opens a layer that is only read, for the disk that it was made for.
+    pub fn open_frozen(path: &Path) -> Result<Self, LayerError> {
+        let error = |source| LayerError::Io { attempt: "open", path: path.to_owned(), source };
+        let size = File::open(map_path(path)).and_then(|map| map::made_for(&map)).map_err(error)?;
+        Self::open(path, size, false)
+    }
+
     /// Opens the layer whose files are `data` and `map`.
     pub(crate) fn over(
         path: &Path,
@@ -218,18 +226,30 @@ impl Layer {
         if writable && (found.size < size || !found.logged) {
             grow(data.as_ref(), map.as_ref(), &found, size).map_err(error)?;
         }
+        let made_for = if writable { size } else { found.size };
         let flushing = Mutex::new(Flushing { lost: false, number: replayed.next, room: SLOTS });
-        Ok(Self { path: path.to_owned(), data, map, size, fixed: RwLock::default(), bits: Mutex::new(bits), flushing })
+        let (path, fixed, bits) = (path.to_owned(), RwLock::default(), Mutex::new(bits));
+        Ok(Self { path, data, map, size, made_for, fixed, bits, flushing })
     }
 
     /// The blocks that the layer holds, ascending.
     pub fn held(&self) -> Vec<u64> {
-        let bits = lock(&self.bits);
-        let set = |(i, byte): (usize, &u8)| {
-            let byte = *byte;
-            (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| i as u64 * 8 + bit)
-        };
-        bits.bytes.iter().enumerate().filter(|(_, byte)| **byte != 0).flat_map(set).collect()
+        map::runs(&lock(&self.bits).bytes).flatten().collect()
+    }
+
+    /// One bit for each block, set for those that it holds.
+    pub(crate) fn bits(&self) -> Vec<u8> {
+        lock(&self.bits).bytes.clone()
+    }
+
+    /// The size of the disk that it was made for, in bytes; beyond that it holds nothing.
+    pub(crate) fn made_for(&self) -> u64 {
+        self.made_for
+    }
+
+    /// The first part of a range of blocks that it holds in which there may be something else than zeros.
+    pub(crate) fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        self.data.next_data(range)
     }
 
     /// Reads from blocks that the layer holds.

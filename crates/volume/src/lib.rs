@@ -1,15 +1,18 @@
 //! Bytes on demand: a machine's disks as plain files, each an image of the store under private copy-on-write layers.
 //!
 //! A [`Disk`] is a base image (or zeros) and a chain of [`Layer`]s; the last layer takes the writes. Freezing the
-//! chain and going on with a new layer is a checkpoint, and costs nothing. [`Mount`] shows disks through FUSE.
+//! chain and going on with a new layer is a checkpoint, and costs nothing. What lies between two states that are kept is
+//! merged into one layer ([`Layer::merge`]), while the disk is in use too. [`Mount`] shows disks through FUSE.
 
 #![forbid(unsafe_code)]
 
 mod backing;
+mod chain;
 mod disk;
 mod layer;
 mod log;
 mod map;
+mod merge;
 mod mount;
 mod recorder;
 mod replay;

@@ -1,6 +1,7 @@
 //! The map file of a layer: a header, and one bit for each block.
 
 use std::io;
+use std::ops::Range;
 
 use collective_store::BLOCK;
 
@@ -48,13 +49,29 @@ pub(crate) fn header(size: u64) -> [u8; HEADER] {
     header
 }
 
+/// The size of the disk that a map says it was made for; [`read`] looks at the rest.
+pub(crate) fn made_for(map: &dyn Backing) -> io::Result<u64> {
+    let mut header = [0; HEADER];
+    read_full(map, &mut header, 0)?;
+    let size = size_in(&header);
+    // Checked before anything is allocated by it.
+    match bits_length(size) as u64 <= map.length()? {
+        true => Ok(size),
+        false => Err(io::Error::other("its map is cut short")),
+    }
+}
+
+fn size_in(header: &[u8; HEADER]) -> u64 {
+    u64::from_le_bytes([8, 9, 10, 11, 12, 13, 14, 15].map(|i: usize| header[i]))
+}
+
 /// Reads a map for a disk of `size` bytes; or what is wrong with it.
 pub(crate) fn read(map: &dyn Backing, size: u64) -> io::Result<Result<Map, String>> {
     let mut header = [0; HEADER];
     if read_full(map, &mut header, 0)? < HEADER {
         return Ok(Err("its map is cut short".into()));
     }
-    let made_for = u64::from_le_bytes([8, 9, 10, 11, 12, 13, 14, 15].map(|i: usize| header[i]));
+    let made_for = size_in(&header);
     let Some(version) = MAGIC.iter().position(|magic| header.starts_with(*magic)) else {
         return Ok(Err("its map has another format".into()));
     };
@@ -68,11 +85,33 @@ pub(crate) fn read(map: &dyn Backing, size: u64) -> io::Result<Result<Map, Strin
         return Ok(Err("its map is cut short".into()));
     }
     // They would become blocks of zeros when the disk grows.
-    let beyond = (blocks % 8 != 0).then(|| bits.last().map_or(0, |last| last >> (blocks % 8)));
+    let beyond = (!blocks.is_multiple_of(8)).then(|| bits.last().map_or(0, |last| last >> (blocks % 8)));
     if beyond.is_some_and(|bits| bits != 0) {
         return Ok(Err("its map names blocks beyond the end of the disk".into()));
     }
     Ok(Ok(Map { size: made_for, logged: version == 1, bits }))
+}
+
+/// Runs of blocks whose bits are set, ascending.
+pub(crate) fn runs(bits: &[u8]) -> impl Iterator<Item = Range<u64>> {
+    let end = bits.len() as u64 * 8;
+    let is_set = |block: u64| bits[(block / 8) as usize] & (1 << (block % 8)) != 0;
+    // Whole bytes are passed at once.
+    let next = move |from: u64, wanted: bool| {
+        let alike = if wanted { 0 } else { 0xff };
+        let mut block = from;
+        while block < end && is_set(block) != wanted {
+            let passes = block.is_multiple_of(8) && bits[(block / 8) as usize] == alike;
+            block += if passes { 8 } else { 1 };
+        }
+        block
+    };
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let first = next(at, true);
+        at = next(first, false);
+        (first < end).then_some(first..at)
+    })
 }
 
 /// Makes copies of pages durable.
@@ -114,5 +153,23 @@ impl Bits {
             (page, self.bytes[page * PAGE..end].to_vec())
         });
         pages.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn runs_are_what_is_set(bits in proptest::collection::vec(prop_oneof![Just(0u8), Just(0xff), any::<u8>()], 0..40)) {
+            let set: Vec<u64> =
+                (0..bits.len() as u64 * 8).filter(|block| bits[(block / 8) as usize] & (1 << (block % 8)) != 0).collect();
+            let found: Vec<Range<u64>> = runs(&bits).collect();
+            prop_assert!(found.windows(2).all(|pair| pair[0].end < pair[1].start));
+            prop_assert_eq!(found.into_iter().flatten().collect::<Vec<_>>(), set);
+        }
     }
 }

@@ -176,7 +176,7 @@ impl Rig {
             if changing.lock().unwrap().contains(&block) {
                 return;
             }
-            if disk.top_layer().would_wait(block) {
+            if disk.top_layer().unwrap().would_wait(block) {
                 waiting.lock().unwrap().insert(block, bytes);
                 return;
             }

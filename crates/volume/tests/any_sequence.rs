@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,13 +15,31 @@ use proptest::prelude::*;
 /// Positions are parts per 65536 of the disk; `grain` rounds position and length.
 #[derive(Clone, Debug)]
 enum Step {
-    Read { at: u16, length: usize, grain: usize },
-    Write { at: u16, length: usize, grain: usize, seed: u64 },
-    Zero { at: u16, length: usize, grain: usize },
+    Read {
+        at: u16,
+        length: usize,
+        grain: usize,
+    },
+    Write {
+        at: u16,
+        length: usize,
+        grain: usize,
+        seed: u64,
+    },
+    Zero {
+        at: u16,
+        length: usize,
+        grain: usize,
+    },
     Flush,
     Reopen,
     Freeze,
     Grow(usize),
+    /// Forgets what was kept at one of the instants.
+    Forget(u8),
+    Merge {
+        live: bool,
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -31,7 +50,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => span().prop_map(|(at, length, grain)| Step::Zero { at, length, grain }),
         1 => Just(Step::Flush),
         1 => Just(Step::Reopen),
-        1 => Just(Step::Freeze),
+        2 => Just(Step::Freeze),
+        1 => any::<u8>().prop_map(Step::Forget),
+        2 => any::<bool>().prop_map(|live| Step::Merge { live }),
         1 => (1usize..40).prop_map(|sectors| Step::Grow(sectors * 512)),
     ];
     proptest::collection::vec(step, 1..60)
@@ -44,8 +65,9 @@ struct Rig {
     layers: Vec<PathBuf>,
     disk: Disk,
     model: Vec<u8>,
-    /// How many layers a state has that was kept, and what it was.
-    kept: Vec<(usize, Vec<u8>)>,
+    /// The layers of states that were kept, and what they were.
+    kept: Vec<(Vec<PathBuf>, Vec<u8>)>,
+    next_layer: usize,
 }
 
 impl Rig {
@@ -61,7 +83,7 @@ impl Rig {
         };
         let layers = vec![new_layer(folder.path(), 0, size)];
         let disk = Disk::open(size as u64, image.clone(), store.clone(), &layers).unwrap();
-        Self { folder, store, image, layers, disk, model, kept: Vec::new() }
+        Self { folder, store, image, layers, disk, model, kept: Vec::new(), next_layer: 1 }
     }
 
     fn span(&self, at: u16, length: usize, grain: usize) -> (usize, usize) {
@@ -102,8 +124,10 @@ impl Rig {
             Step::Flush => self.disk.flush().unwrap(),
             Step::Reopen => self.reopen(),
             Step::Freeze => {
-                self.kept.push((self.layers.len(), self.model.clone()));
-                self.layers.push(new_layer(self.folder.path(), self.layers.len(), self.model.len()));
+                self.kept.push((self.layers.clone(), self.model.clone()));
+                let path = self.next_path();
+                Layer::create(&path, self.model.len() as u64).unwrap();
+                self.layers.push(path);
                 let next = Layer::open(&self.layers[self.layers.len() - 1], self.model.len() as u64, true).unwrap();
                 self.disk.freeze(next).unwrap();
             }
@@ -111,6 +135,61 @@ impl Rig {
                 self.model.resize(self.model.len() + by, 0);
                 self.reopen();
             }
+            Step::Forget(which) => {
+                if !self.kept.is_empty() {
+                    self.kept.remove(usize::from(which) % self.kept.len());
+                }
+            }
+            Step::Merge { live } => self.merge(live),
+        }
+    }
+
+    fn next_path(&mut self) -> PathBuf {
+        self.next_layer += 1;
+        self.folder.path().join(format!("layer-{}", self.next_layer))
+    }
+
+    /// The first layers that lie on each other and between which nothing that is kept ends.
+    fn mergeable(&self) -> Option<Range<usize>> {
+        let ends = |index: usize| self.kept.iter().any(|(layers, _)| layers.len() == index + 1);
+        let frozen = self.layers.len() - 1;
+        let first = (0..frozen).find(|first| first + 1 < frozen && !ends(*first))?;
+        let last = (first + 1..frozen).find(|last| ends(*last) || *last == frozen - 1)?;
+        Some(first..last + 1)
+    }
+
+    /// Merges while the disk is in use, or beside it.
+    fn merge(&mut self, live: bool) {
+        let Some(range) = self.mergeable() else { return };
+        let old = self.layers[range.clone()].to_vec();
+        let target = self.next_path();
+        let mut moved = 0;
+        let mut pace = |bytes| {
+            moved += bytes;
+            Ok(())
+        };
+        if live {
+            let layers = self.disk.frozen_layers(&old).unwrap();
+            let over_something = self.disk.is_over_something(&layers[0]);
+            let merged = Layer::merge(&layers, &target, over_something, &mut pace).unwrap();
+            assert!(self.disk.replace(&layers, merged));
+            assert_eq!(self.disk.frozen_layers(&old).map(|found| found.len()), None, "they are not there any more");
+        } else {
+            self.disk.flush().unwrap();
+            let layers: Vec<_> = old.iter().map(|path| Arc::new(Layer::open_frozen(path).unwrap())).collect();
+            Layer::merge(&layers, &target, range.start > 0 || self.image.is_some(), &mut pace).unwrap();
+        }
+        for layers in self.kept.iter_mut().map(|(layers, _)| layers).chain([&mut self.layers]) {
+            if layers.len() >= range.end {
+                layers.splice(range.clone(), [target.clone()]);
+            }
+        }
+        for path in old {
+            std::fs::remove_file(path.with_extension("map")).unwrap();
+            std::fs::remove_file(path).unwrap();
+        }
+        if !live {
+            self.reopen();
         }
     }
 
@@ -127,10 +206,9 @@ impl Rig {
             found.iter().zip(&rig.model).position(|(a, b)| a != b)
         );
         for (layers, content) in &rig.kept {
-            let kept =
-                Disk::open_frozen(content.len() as u64, rig.image.clone(), rig.store.clone(), &rig.layers[..*layers]);
+            let kept = Disk::open_frozen(content.len() as u64, rig.image.clone(), rig.store.clone(), layers);
             let kept = kept.unwrap();
-            assert!(kept.read(0, content.len()).await.unwrap() == *content, "as it was under {layers} layers");
+            assert!(kept.read(0, content.len()).await.unwrap() == *content, "as it was under {layers:?}");
             assert!(kept.try_write(0, &[1; 512]).is_err(), "what is kept is not written to");
         }
     }

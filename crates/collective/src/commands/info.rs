@@ -73,6 +73,7 @@ pub fn document(view: &InstanceView) -> Value {
         "checkpoints": seen.map(|s| s.checkpoints.clone()).unwrap_or_default(),
         "suspended": seen.and_then(|s| s.suspended.clone()), "in_store": seen.is_some_and(|s| s.in_store.is_some()), "resumed": seen.is_some_and(|s| s.resumed),
         "last_pause_us": seen.and_then(last_pause), "arrival": seen.and_then(|s| s.arrival),
+        "checkpoint_every": spec.checkpoint_every,
         "settings": spec.settings, "operations": view.operations,
     })
 }
@@ -109,6 +110,9 @@ fn show(ui: &Ui, view: &InstanceView) {
     }
     if let Some(until) = view.hold_until {
         field("held until", until.to_string());
+    }
+    if let Some(every) = spec.checkpoint_every {
+        field("checkpoints", format!("every {every} while it runs"));
     }
     let Some(seen) = &view.observed else { return };
     if let Some(version) = &seen.version_name {

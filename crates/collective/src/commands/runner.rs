@@ -19,6 +19,9 @@ pub struct Runner {
     /// Do what standard input says with the private data of the machine, which must be off, and end
     #[arg(long, conflicts_with = "send_disk")]
     private: bool,
+    /// Merge the layers that standard input names, on which no machine may run, and end
+    #[arg(long, conflicts_with_all = ["send_disk", "private"])]
+    merge: bool,
 }
 
 impl Runner {
@@ -31,6 +34,10 @@ impl Runner {
         if self.private {
             let (order, news) = (std::io::stdin(), std::io::stdout());
             let done = collective_runner::private(&self.directory, &open_source, &open_vault, order, news).await;
+            return Ok(if done { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        if self.merge {
+            let done = collective_runner::merge(std::io::stdin(), std::io::stdout());
             return Ok(if done { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         let end = collective_runner::run(&self.directory, &open_source, &open_vault, std::io::stdin()).await;

@@ -12,15 +12,17 @@ async fn patch(client: &Client, name: &Name, patch: &InstancePatch) -> Result<In
     Ok(client.patch(&format!("/v1/instances/{name}"), patch).await?)
 }
 
-/// Change memory, CPUs, disk sizes or settings
+/// Change memory, CPUs, disk sizes, settings, or how often a checkpoint is taken
 ///
-/// All of these reach the guest when it starts, so a running guest is restarted, and the command says so.
+/// All of these reach the guest when it starts, so a running guest is restarted, and the command says so. Only
+/// checkpoint-every counts at once: a checkpoint of the running machine is taken so often by itself, and these are thinned: all of the last
+/// hour stay, one an hour of the last day, one a day of the last week.
 ///
 /// Example: collective set n memory=1G title="Our notes" disk.data=2G
 #[derive(Debug, clap::Args)]
 pub struct Set {
     name: Name,
-    /// memory=SIZE, cpus=N, disk.NAME=SIZE (disks only grow), or a setting of the appliance
+    /// memory=SIZE, cpus=N, disk.NAME=SIZE (disks only grow), checkpoint-every=SPAN or off, or a setting of the appliance
     #[arg(required = true, value_name = "KEY=VALUE", value_parser = key_value)]
     changes: Vec<(String, String)>,
     /// Do not restart; the change waits for the next start
@@ -28,24 +30,39 @@ pub struct Set {
     no_restart: bool,
 }
 
+/// A key of `set`; no setting of an appliance has a hyphen.
+const CHECKPOINT_EVERY: &str = "checkpoint-every";
+
+/// Zero is off.
+fn interval(text: &str) -> Result<Span> {
+    match text {
+        "off" => Ok(Span(std::time::Duration::ZERO)),
+        text => text
+            .parse()
+            .map_err(|_| anyhow!("{CHECKPOINT_EVERY} takes a span such as 10m or 1h, or off, not \"{text}\"")),
+    }
+}
+
 impl Set {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
         let mut change = InstancePatch::default();
-        for (key, value) in self.changes {
+        for (key, value) in &self.changes {
             let size = || value.parse::<ByteSize>().with_context(|| key.clone());
             match key.as_str() {
                 "memory" => change.memory = Some(size()?),
                 "cpus" => {
                     change.cpus = Some(value.parse().map_err(|_| anyhow!("cpus takes a number, not \"{value}\""))?)
                 }
+                CHECKPOINT_EVERY => change.checkpoint_every = Some(interval(value)?),
                 key => match key.strip_prefix("disk.") {
                     Some(disk) => _ = change.disk_sizes.insert(disk.parse()?, size()?),
-                    None => _ = change.settings.insert(key.to_owned(), value),
+                    None => _ = change.settings.insert(key.to_owned(), value.clone()),
                 },
             }
         }
+        let is_for_the_guest = self.changes.iter().any(|(key, _)| key != CHECKPOINT_EVERY);
         let view = patch(client, &self.name, &change).await?;
-        let runs = view.observed.as_ref().is_some_and(|seen| seen.state == State::Running);
+        let runs = is_for_the_guest && view.observed.as_ref().is_some_and(|seen| seen.state == State::Running);
         let restart = runs && !self.no_restart;
         if restart {
             operate(ui, client, &self.name, &OperationRequest::Restart).await?;

@@ -340,7 +340,7 @@ pub struct Timeline {
 impl Timeline {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
         let view = super::instance(client, &self.name).await?;
-        let kept = view.observed.map(|seen| seen.checkpoints).unwrap_or_default();
+        let kept = view.observed.as_ref().map(|seen| seen.checkpoints.clone()).unwrap_or_default();
         if let Some(folder) = &self.screens {
             std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
             for kept in kept.iter().filter(|kept| kept.machine.as_ref().is_some_and(|machine| machine.screen)) {
@@ -368,7 +368,12 @@ impl Timeline {
             };
             let rows: Vec<_> = kept.iter().map(row).collect();
             table(ui, &["NUMBER", "TAKEN", "VERSION", "KEEPS", "BYTES", "PAUSE", "WHY"], &rows);
-            if rows.is_empty() {
+            if let Some(every) = view.spec.checkpoint_every {
+                ui.line(format!(
+                    "one is taken every {every} while it runs; of these stay all of the last hour, one an hour of the last day, \
+                     one a day of the last week"
+                ));
+            } else if rows.is_empty() {
                 ui.hint(format!("nothing was kept yet; `collective checkpoint {}` keeps the present", self.name));
             }
         });

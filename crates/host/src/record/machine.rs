@@ -35,15 +35,15 @@ pub struct MachineRecord {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StoredRecord {
     backup: BackupId,
-    disks: Vec<DiskRecord>,
+    pub(super) disks: Vec<DiskRecord>,
     epoch: Option<String>,
 }
 
 /// An order to save the machine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SaveJournal {
-    /// The order it is part of.
-    pub operation: OperationId,
+    /// The order it is part of; none: the clock wants it.
+    pub operation: Option<OperationId>,
     /// Names the instant, for ever.
     pub epoch: String,
     /// The layer of memory, which also names the order to the runner.
@@ -99,10 +99,11 @@ impl Record {
         }
     }
 
-    /// Keeps a machine that was saved, with the disks of that instant.
+    /// Keeps a machine that was saved, because somebody or (`scheduled`) the clock wanted it, with the disks of that instant.
     pub fn keep_machine(
         &mut self,
         why: String,
+        scheduled: bool,
         disks: Vec<DiskRecord>,
         machine: MachineRecord,
         own_bytes: u64,
@@ -117,6 +118,7 @@ impl Record {
             version_name: self.version_name(),
             own_bytes,
             machine: Some(machine.info.clone()),
+            scheduled,
         };
         self.keep(CheckpointRecord { info, before_update: false, disks, machine: Some(machine) });
         id

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -170,6 +171,10 @@ impl Backing for Arc<SimFile> {
         self.plug.step()?;
         self.change(offset, length, None);
         Ok(())
+    }
+
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok(Some(range))
     }
 
     fn length(&self) -> io::Result<u64> {
