@@ -8,8 +8,10 @@ use collective_testkit::{Fleet, Guest, Link, eventually, free_port, tiny};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
 const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
 const LONG: Duration = Duration::from_secs(180);
-/// Bytes a second: the 20 MB that the guest holds take longer than any step of these stories.
-const SLOW: u64 = 60_000;
+/// Bytes a second: what the machine needs to go on takes seconds,
+const AT_FIRST: u64 = 1_000_000;
+/// and the 20 MB that the guest holds take longer than any step of these stories.
+const SLOW: u64 = 100_000;
 
 /// A machine on `a` that holds 20 MB and has written, and a host `b` behind a slow link.
 struct Story {
@@ -42,16 +44,30 @@ impl Story {
     /// It goes on at `b`, and most of it has not arrived.
     fn arriving(&self) {
         self.fleet.ok(&["suspend", "n"]);
-        self.link.slow(SLOW);
+        self.link.slow(AT_FIRST);
         self.fleet.ok(&["resume", "n", "--host", "b"]);
         let info = self.fleet.info("n");
         assert_eq!((info["host"].as_str(), info["state"].as_str()), (Some("b"), Some("running")));
         self.guest.answers();
+        self.link.slow(SLOW);
         assert!(!self.is_complete(), "{info}");
     }
 
     fn is_complete(&self) -> bool {
         self.fleet.info("n")["arrival"]["complete"] == true
+    }
+
+    /// Over a slow link the first one of a kind takes long.
+    #[track_caller]
+    fn put(&self, path: &str, body: &str) {
+        let put = || self.guest.request("PUT", path, body).filter(|(status, _)| *status == 201);
+        eventually("it keeps what it is told", LONG, put);
+    }
+
+    #[track_caller]
+    fn get(&self, path: &str) -> String {
+        let get = || self.guest.request("GET", path, "").filter(|(status, _)| *status == 200);
+        eventually("it tells what it has", LONG, get).1.trim_end().to_owned()
     }
 
     #[track_caller]
@@ -66,9 +82,9 @@ fn what_is_not_there_yet_comes_when_it_is_touched() {
     let mut story = Story::begin();
     story.arriving();
     // It serves, and keeps what it is told, long before it has arrived.
-    assert_eq!(story.guest.get("/boots"), story.boots, "it was not booted");
-    story.guest.put("/notes/there", "written on b");
-    let Story { fleet, link, guest, .. } = &mut story;
+    assert_eq!(story.get("/boots"), story.boots, "it was not booted");
+    story.put("/notes/there", "written on b");
+    let fleet = &mut story.fleet;
     assert!(fleet.ok(&["info", "n"]).contains("in the store still"));
     let arrived = fleet.json(&["backup", "list"]);
     assert!(arrived.is_array());
@@ -80,16 +96,16 @@ fn what_is_not_there_yet_comes_when_it_is_touched() {
     fleet.kill_host("b");
     fleet.run_host("b");
     eventually("the host is back", LONG, || (fleet.info("n")["reachable"] == true).then_some(()));
-    assert_eq!(guest.get("/notes/there"), "written on b");
-    guest.put("/notes/there", "and once more");
+    assert_eq!(story.get("/notes/there"), "written on b");
+    story.put("/notes/there", "and once more");
     // Nobody has the store for a while: what the guest waits for comes when it is back.
-    link.cut();
-    let port = guest.port;
+    story.link.cut();
+    let port = story.guest.port;
     let asking = std::thread::spawn(move || Guest { port }.get("/pages"));
     std::thread::park_timeout(Duration::from_secs(2));
     assert!(!asking.is_finished(), "it has the pages already");
-    link.mend();
-    link.slow(0);
+    story.link.mend();
+    story.link.slow(0);
     assert_eq!(asking.join().unwrap(), format!("5120 pages of {}, 0 bad", story.generation));
     eventually("all has arrived", LONG, || story.is_complete().then_some(()));
     // From here on the store is not needed.
@@ -101,46 +117,46 @@ fn what_is_not_there_yet_comes_when_it_is_touched() {
     eventually("it crashed and is there again", LONG, || {
         (story.guest.request("GET", "/boots", "").is_some_and(|(_, boots)| boots != story.boots)).then_some(())
     });
-    assert_eq!(story.guest.get("/notes/there"), "and once more");
-    assert_eq!(story.guest.get("/notes/kept"), "acknowledged");
+    assert_eq!(story.get("/notes/there"), "and once more");
+    assert_eq!(story.get("/notes/kept"), "acknowledged");
     story.link.mend();
     eventually("the host is back", LONG, || (story.fleet.info("n")["reachable"] == true).then_some(()));
     story.fleet.ok(&["restore", "n", &kept["id"].to_string()]);
     story.sound();
-    assert_eq!(story.guest.get("/notes/there"), "written on b");
+    assert_eq!(story.get("/notes/there"), "written on b");
 }
 
 #[test]
 fn a_power_cut_while_it_arrives() {
     let story = Story::begin();
     story.arriving();
-    story.guest.put("/notes/there", "written on b");
+    story.put("/notes/there", "written on b");
     let runner = rustix::process::Pid::from_raw(story.fleet.runner_pid("n")).unwrap();
     rustix::process::kill_process(runner, rustix::process::Signal::KILL).unwrap();
     // Its memory is lost, as with any power cut; its disks arrive further.
     eventually("it is booted", LONG, || {
         story.guest.request("GET", "/boots", "").is_some_and(|(_, boots)| boots != story.boots).then_some(())
     });
-    assert_eq!(story.guest.get("/notes/kept"), "acknowledged");
-    assert_eq!(story.guest.get("/notes/there"), "written on b");
+    assert_eq!(story.get("/notes/kept"), "acknowledged");
+    assert_eq!(story.get("/notes/there"), "written on b");
     story.link.slow(0);
     eventually("all has arrived", LONG, || story.is_complete().then_some(()));
-    assert_eq!(story.guest.get("/notes/there"), "written on b");
+    assert_eq!(story.get("/notes/there"), "written on b");
 }
 
 #[test]
 fn what_has_not_arrived_is_brought_before_it_goes_on_to_travel() {
     let story = Story::begin();
     story.arriving();
-    story.guest.put("/notes/there", "written on b");
+    story.put("/notes/there", "written on b");
     story.fleet.ok(&["suspend", "n"]);
     story.link.slow(0);
     let suspended = story.fleet.json(&["suspend", "n"]);
     assert_eq!(suspended["not_stored"], serde_json::Value::Null, "{suspended}");
     story.fleet.ok(&["resume", "n", "--host", "a"]);
     story.sound();
-    assert_eq!(story.guest.get("/boots"), story.boots, "it was not booted");
-    assert_eq!(story.guest.get("/notes/there"), "written on b");
+    assert_eq!(story.get("/boots"), story.boots, "it was not booted");
+    assert_eq!(story.get("/notes/there"), "written on b");
     // Without its memory, and kept when the instance goes: the data is whole.
     story.fleet.ok(&["suspend", "n"]);
     story.link.slow(SLOW);

@@ -27,7 +27,7 @@ const ASK_EVERY: Duration = Duration::from_millis(20);
 /// Checkpoints leave room for the layers that starts and updates need (a disk has 255).
 const MOST_LAYERS: usize = 240;
 /// A machine that is brought back runs within this time, or its host or the link to the store is far too busy.
-const RESUME_LIMIT: Duration = Duration::from_secs(300);
+const RESUME_LIMIT: Duration = Duration::from_secs(900);
 
 /// What to do with a machine that cannot go on.
 const WAY_OUT: &str = "`collective stop` gives its memory up and keeps its disks, and `collective start` boots it then";

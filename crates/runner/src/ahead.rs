@@ -39,17 +39,10 @@ const PAUSE: Duration = Duration::from_secs(3);
 pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Option<Arc<Disk>>) {
     let images = disks.iter().chain(&memory).filter_map(|disk| disk.image());
     let all: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
-    if shared.arrival.is_some() {
-        count(&shared, &all).await;
-    }
-    let first = wanted_first(&shared, &disks, memory.as_ref()).await;
     let arrives = shared.arrival.is_some();
-    tracing::info!(frames = first.len(), of = all.len(), "what is read first");
-    if !first.is_empty() {
-        match arrives {
-            true => gently(&shared, &first, &all).await,
-            false => until_here(&shared, &first, Pace::AHEAD, &all).await,
-        }
+    let first = wanted_first(&shared, &disks, memory.as_ref()).await;
+    if arrives || !first.is_empty() {
+        until_here(&shared, &first, Pace::AHEAD, &all).await;
         // With all of that here, it is as fast as from a disk, or needs something that nobody foresaw.
         let limit = shared.config.health.as_ref().map_or(UP_WITHOUT_CHECK, |check| check.limit.0);
         until_up(&shared, limit).await;
@@ -60,6 +53,19 @@ pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Op
     until_here(&shared, &all, Pace::BESIDE, &all).await;
     if let Some(arrival) = &shared.arrival {
         settle(&shared, arrival).await;
+    }
+}
+
+/// Fetches what a machine that arrives reads first, before it goes on. A guest whose processor waits for a page cannot do
+/// anything else, while its clocks run on: all its timers are due at once, and touch what nobody foresaw.
+pub(crate) async fn before_it_goes_on(shared: &Shared, disks: &[Arc<Disk>], memory: Option<&Arc<Disk>>) {
+    if shared.arrival.is_some() {
+        let images = disks.iter().chain(memory).filter_map(|disk| disk.image());
+        let all: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
+        count(shared, &all).await;
+        let first = wanted_first(shared, disks, memory).await;
+        tracing::info!(frames = first.len(), of = all.len(), "what is read first comes first");
+        until_here(shared, &first, Pace::AHEAD, &all).await;
     }
 }
 

@@ -77,6 +77,7 @@ async fn start(
     let memory = open_memory(&shared)?;
     shared.memory().clone_from(&memory);
     let mount = mount(layout, &shared.config, &disks, memory.clone())?;
+    ahead::before_it_goes_on(&shared, &disks, memory.as_ref()).await;
     match launch(layout, &shared).await {
         Ok((vm, events, saver)) => {
             let to = if memory.is_some() { layout.touched() } else { layout.trace() };
@@ -202,7 +203,10 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         if let Err(error) = vm.announce().await {
             tracing::warn!(%error, "the network is not told where the guest is now");
         }
-        save::tell_guest(&vm).await;
+        // What the guest does then would keep one that arrives from what it is asked for.
+        if shared.arrival.is_none() {
+            save::tell_guest(&vm).await;
+        }
     }
     {
         let mut status = shared.status();
@@ -335,7 +339,12 @@ impl Running {
                             asked = true;
                             deadline = Some(Instant::now());
                         }
-                        Order::ReadOn => read_singly(vm, false).await,
+                        Order::ReadOn => {
+                            read_singly(vm, false).await;
+                            if shared.arrival.is_some() {
+                                save::tell_guest(vm).await;
+                            }
+                        }
                         Order::Merged { layers, target, done } => _ = done.send(saver.replace(&layers, &target)),
                         Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
                         Order::Save(order) => {
