@@ -132,7 +132,12 @@ fn a_power_cut_while_it_arrives() {
     story.arriving();
     story.put("/notes/there", "written on b");
     let runner = rustix::process::Pid::from_raw(story.fleet.runner_pid("n")).unwrap();
+    // Nobody has the key for the rest of it just then.
+    story.link.cut();
     rustix::process::kill_process(runner, rustix::process::Signal::KILL).unwrap();
+    eventually("it waits for the plane", LONG, || story.fleet.log("b").contains("to=starting").then_some(()));
+    std::thread::park_timeout(Duration::from_secs(3));
+    story.link.mend();
     // Its memory is lost, as with any power cut; its disks arrive further.
     eventually("it is booted", LONG, || {
         story.guest.request("GET", "/boots", "").is_some_and(|(_, boots)| boots != story.boots).then_some(())

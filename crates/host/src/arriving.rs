@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use collective_api::PrivateGrant;
+use collective_api::{ClientError, PrivateGrant};
 use collective_keys::OwnerKey;
 use collective_model::run::{Arrival, Arriving, RunStatus};
 use collective_model::run_private::{PrivateNews, PrivateOrder};
@@ -24,16 +24,38 @@ pub(crate) const ARRIVING: &str = "arriving";
 /// How often the runner is asked how far it is.
 const ASK_EVERY: Duration = Duration::from_millis(200);
 
+/// Why there is no key for what is arriving.
+#[derive(Debug, thiserror::Error)]
+#[error("a part of it is in the store only, and the plane gives no key for that: {0}")]
+pub(crate) struct NoKey(ClientError);
+
+impl From<NoKey> for String {
+    fn from(error: NoKey) -> Self {
+        error.to_string()
+    }
+}
+
 impl Instance {
     /// The key for what is arriving; none where all is here.
-    pub(crate) async fn arrival_key(&self) -> Result<Option<OwnerKey>, String> {
+    pub(crate) async fn arrival_key(&self) -> Result<Option<OwnerKey>, NoKey> {
         if self.record.arriving.is_none() {
             return Ok(None);
         }
         let path = format!("/v1/hosts/self/instances/{}/private", self.record.spec.id);
         let asked: Result<PrivateGrant, _> = self.context.client.post(&path, &()).await;
-        let why = "a part of it is in the store only, and the plane gives no key for that";
-        asked.map(|grant| Some(grant.key)).map_err(|e| format!("{why}: {e}"))
+        asked.map(|grant| Some(grant.key)).map_err(NoKey)
+    }
+
+    /// Whether it cannot be started until the plane is back, which has the key for what is arriving. Then that is noted.
+    pub(crate) async fn awaits_key(&mut self) -> bool {
+        match self.arrival_key().await {
+            Err(NoKey(error)) if error.is_away() => {
+                self.record.last_error = Some(NoKey(error).to_string());
+                self.save_or_log();
+                true
+            }
+            _ => false,
+        }
     }
 
     /// How much has arrived, for whoever looks.

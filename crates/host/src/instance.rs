@@ -19,6 +19,8 @@ use crate::tunnel::Dial;
 
 /// How often a runner is asked.
 const POLL: Duration = Duration::from_millis(250);
+/// A plane that is away is asked again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// How long a guest may take to shut down.
 pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// A guest that crashes this often in a row is given up.
@@ -264,6 +266,10 @@ impl Instance {
             self.trigger(Trigger::Start);
         }
         self.publish();
+        if self.record.state == State::Starting && self.awaits_key().await {
+            self.retry_at = Some(Instant::now() + ASK_AGAIN);
+            return self.publish();
+        }
         if let Err(why) = self.try_start(open_ports).await {
             self.give_up(format!("cannot start: {why}"));
         }
