@@ -25,6 +25,7 @@ mod timeline;
 mod travel;
 mod tunnel;
 mod update;
+mod warm;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -59,7 +59,8 @@ pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Op
 /// Fetches what a machine that arrives reads first, before it goes on. A guest whose processor waits for a page cannot do
 /// anything else, while its clocks run on: all its timers are due at once, and touch what nobody foresaw.
 pub(crate) async fn before_it_goes_on(shared: &Shared, disks: &[Arc<Disk>], memory: Option<&Arc<Disk>>) {
-    if shared.arrival.is_some() {
+    let is_warm = shared.config.resume.as_ref().is_some_and(|resume| resume.image.is_some());
+    if shared.arrival.is_some() || is_warm {
         let images = disks.iter().chain(memory).filter_map(|disk| disk.image());
         let all: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
         count(shared, &all).await;
@@ -75,7 +76,8 @@ async fn wanted_first(shared: &Shared, disks: &[Arc<Disk>], memory: Option<&Arc<
     let of_disk = |run: &RunDisk| lowest(&run.layers).or_else(|| run.image.as_ref()?.boot);
     let resume = shared.config.resume.as_ref();
     let traces = shared.config.disks.iter().map(of_disk);
-    let memory = memory.map(|disk| (disk, resume.and_then(|resume| lowest(&resume.memory))));
+    let memory = memory
+        .map(|disk| (disk, resume.and_then(|resume| lowest(&resume.memory).or_else(|| resume.image.as_ref()?.boot))));
     let mut frames = Vec::new();
     // Without its memory a machine does not even come to its disks.
     for (disk, page) in memory.into_iter().chain(disks.iter().zip(traces)) {

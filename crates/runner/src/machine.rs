@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd, SaveStatus, Saved};
+use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd, RunImage, SaveStatus, Saved};
 use collective_model::{Firmware, Timestamp};
 use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
@@ -74,7 +74,7 @@ async fn start(
 
     let disks = open_disks(&shared).await?;
     *shared.disks() = disks.clone();
-    let memory = open_memory(&shared)?;
+    let memory = open_memory(&shared).await?;
     shared.memory().clone_from(&memory);
     let mount = mount(layout, &shared.config, &disks, memory.clone())?;
     ahead::before_it_goes_on(&shared, &disks, memory.as_ref()).await;
@@ -104,7 +104,7 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
         let (arrives, layers) = shared.arrives(&disk.layers);
         let image = match arrives {
             Some(image) => Some(image),
-            None => load_image(shared, disk).await.map_err(|e| wrong(e.to_string()))?,
+            None => load_image(shared, disk.image.as_ref()).await.map_err(|e| wrong(e.to_string()))?,
         };
         let opened = Disk::open(disk.size, image, shared.store.clone(), layers);
         let mut opened = opened.map_err(|e| wrong(e.to_string()))?;
@@ -117,17 +117,27 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
 }
 
 /// The memory that the machine goes on with.
-fn open_memory(shared: &Shared) -> Result<Option<Arc<Disk>>, NotStarted> {
+async fn open_memory(shared: &Shared) -> Result<Option<Arc<Disk>>, NotStarted> {
     let Some(resume) = &shared.config.resume else { return Ok(None) };
     let size = shared.config.memory_mib << 20;
-    let (image, layers) = shared.arrives(&resume.memory);
+    if let Some(last) = resume.memory.last().filter(|last| resume.create && !last.exists()) {
+        Layer::create(last, size).map_err(NotStarted::step("a layer for its memory cannot be made"))?;
+    }
+    let (arrives, layers) = shared.arrives(&resume.memory);
+    let image = match arrives {
+        Some(image) => Some(image),
+        None => {
+            let loaded = load_image(shared, resume.image.as_ref()).await;
+            loaded.map_err(NotStarted::step("the memory that came with its version is not to be had"))?
+        }
+    };
     let opened = Disk::open_frozen(size, image, shared.store.clone(), layers);
     opened.map(|disk| Some(Arc::new(disk))).map_err(NotStarted::step("the saved memory cannot be opened"))
 }
 
 /// Reads the image's index; waits for a store that is away, and says so in the status.
-async fn load_image(shared: &Shared, disk: &RunDisk) -> Result<Option<Arc<ImageMap>>, FetchError> {
-    let Some(image) = &disk.image else { return Ok(None) };
+async fn load_image(shared: &Shared, image: Option<&RunImage>) -> Result<Option<Arc<ImageMap>>, FetchError> {
+    let Some(image) = image else { return Ok(None) };
     shared.store.add_version(&image.appliance, &image.version).await;
     loop {
         match ImageMap::load(&shared.store, image.root).await {

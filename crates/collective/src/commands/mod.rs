@@ -13,6 +13,7 @@ mod launch;
 mod lifecycle;
 mod mount;
 mod operations;
+mod own_plane;
 mod publish;
 mod reach;
 mod runner;
