@@ -84,6 +84,62 @@ fn a_new_instance_goes_on_with_the_machine_of_its_version() {
     assert_eq!(a.get("/notes/x").trim(), "mine");
 }
 
+/// Bytes of its memory that a machine reads from pages which another process reads as well.
+fn shared_bytes(fleet: &Fleet, name: &str) -> u64 {
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", fleet.qemu_pid(name))).unwrap();
+    let kib = |line: &str| line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+    let (mut is_memory, mut bytes) = (false, 0);
+    for line in maps.lines() {
+        if line.split_whitespace().next().is_some_and(|first| first.contains('-')) {
+            is_memory = line.ends_with("/.memory");
+        } else if is_memory && line.starts_with("Shared_Clean:") {
+            bytes += kib(line).unwrap() << 10;
+        }
+    }
+    bytes
+}
+
+#[test]
+fn instances_of_one_machine_share_its_pages() {
+    let fleet = Fleet::start(PROGRAM);
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy(), "--warm"]);
+    launch(&fleet, "first", &[]);
+    eventually("the version's memory is a file", LONG, || {
+        let folder = fleet.host_data("a").join("warm");
+        std::fs::read_dir(folder).ok()?.flatten().find(|entry| entry.path().extension().is_none())
+    });
+    let a = launch(&fleet, "a", &[]);
+    let b = launch(&fleet, "b", &[]);
+    if rustix::process::geteuid().is_root() {
+        let shared = shared_bytes(&fleet, "b");
+        assert!(shared > 1 << 20, "{shared}");
+    }
+    // What one writes, or gives back, no other sees; and what was saved of it does not need the file.
+    let (one, other) = (a.get("/fill?20"), b.get("/fill?20"));
+    fleet.ok(&["suspend", "a"]);
+    assert_eq!(b.get("/pages"), format!("5120 pages of {other}, 0 bad"));
+    let c = launch(&fleet, "c", &[]);
+    is_called(&c, "c");
+    std::fs::remove_dir_all(fleet.host_data("a").join("warm")).unwrap();
+    fleet.ok(&["resume", "a"]);
+    fleet.wait("a", "healthy");
+    assert_eq!(a.get("/pages"), format!("5120 pages of {one}, 0 bad"));
+    // Clones have the same files, and share what they read of these.
+    fleet.ok(&["delete", "b", "--data"]);
+    fleet.ok(&["restart", "c"]);
+    fleet.wait("c", "healthy");
+    let cold = c.get("/fill?5");
+    fleet.ok(&["clone", "c", "--count", "2", "--name", "copy"]);
+    for name in ["copy-1", "copy-2"] {
+        fleet.wait(name, "healthy");
+    }
+    if rustix::process::geteuid().is_root() {
+        let shared = shared_bytes(&fleet, "copy-2");
+        assert!(shared > 1 << 20, "{shared}");
+    }
+    assert_eq!(c.get("/pages"), format!("1280 pages of {cold}, 0 bad"));
+}
+
 #[test]
 fn what_the_machine_does_not_suit_is_booted() {
     let fleet = Fleet::start(PROGRAM);

@@ -334,9 +334,11 @@ impl Instance {
         // Settings that were changed meanwhile count at the next boot.
         (config.memory_mib, config.cpus) = (*memory_mib, *cpus);
         config.processor = self.context.config.platform.as_ref().and_then(|here| here.to_go_on(&info.platform));
+        let create = self.record.fresh.contains(last);
         config.resume = Some(RunResume {
             image: image.clone(),
-            create: self.record.fresh.contains(last),
+            create,
+            copy: image.as_ref().filter(|_| create).map(|image| self.context.config.copy_of(&image.root)),
             memory: memory.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
             state: state_path(&self.folder, *last),
             digest: *digest,

@@ -113,6 +113,10 @@ pub struct RunResume {
     pub image: Option<RunImage>,
     /// Layers of its memory, oldest first; never written to.
     pub memory: Vec<PathBuf>,
+    /// Where all of the image may be, and is put when it has come, as a file that others go on with too. Only where nothing was
+    /// written over it yet.
+    #[serde(default)]
+    pub copy: Option<PathBuf>,
     /// Whether the last one may be missing, and is then created, empty.
     #[serde(default)]
     pub create: bool,

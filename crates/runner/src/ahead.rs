@@ -5,6 +5,7 @@
 //! comes at once in the order of the packs.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -32,6 +33,10 @@ const REHEARSE_FOR: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What is fetched at once beside a guest that may wait for something else should take about so long.
 const PART: Duration = Duration::from_millis(500);
+/// The version's memory is copied in steps of so many bytes,
+const COPY_STEP: u64 = 1 << 20;
+/// if so many are free still afterwards.
+const SPACE_FOR_OTHERS: u64 = 1 << 30;
 /// After a failure.
 const PAUSE: Duration = Duration::from_secs(3);
 
@@ -54,6 +59,35 @@ pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Op
     if let Some(arrival) = &shared.arrival {
         settle(&shared, arrival).await;
     }
+    let copy = shared.config.resume.as_ref().and_then(|resume| resume.copy.as_ref()).filter(|copy| !copy.exists());
+    if let (Some(copy), Some(memory)) = (copy, &memory) {
+        let kept = keep_copy(&shared, memory, copy).await;
+        // The next one reads it as this one did.
+        kept.unwrap_or_else(|error| tracing::warn!(%error, "the version's memory cannot be kept for others"));
+    }
+}
+
+/// Puts the memory of a version into a file, for the next ones that go on with it.
+async fn keep_copy(shared: &Shared, memory: &Disk, copy: &Path) -> std::io::Result<()> {
+    // What this machine reads is noted at its own disk.
+    let image = Disk::open_frozen(memory.size(), memory.image().cloned(), shared.store.clone(), &[]);
+    let image = image.map_err(std::io::Error::other)?;
+    std::fs::create_dir_all(copy.parent().unwrap_or(Path::new(".")))?;
+    if shared.store.cache().space()? < image.size() + SPACE_FOR_OTHERS {
+        return Ok(());
+    }
+    let part = copy.with_extension(shared.config.instance.as_str());
+    let file = std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&part)?;
+    file.set_len(image.size())?;
+    let mut at = 0;
+    while let Some(range) = image.next_data(at) {
+        let length = (range.end - range.start).min(COPY_STEP);
+        let content = image.read(range.start, length as usize).await?;
+        file.write_all_at(&content, range.start)?;
+        at = range.start + length;
+    }
+    tokio::task::spawn_blocking(move || file.sync_all()).await.map_err(std::io::Error::other)??;
+    std::fs::rename(&part, copy)
 }
 
 /// Fetches what a machine that arrives reads first, before it goes on. A guest whose processor waits for a page cannot do
@@ -234,7 +268,9 @@ pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: O
     let names = shared.config.disks.iter().map(|disk| disk.name.to_string()).chain([MEMORY.to_owned()]);
     let traces = disks.iter().chain(&memory).map(|disk| disk.stop_recording());
     let traces: BTreeMap<String, Trace> = names.zip(traces).collect();
-    if !up {
+    // Pages that are shared with others are read without anybody noting it.
+    let unseen = memory.is_some() && traces.get(MEMORY).is_none_or(|trace| trace.0.is_empty());
+    if !up || unseen {
         return;
     }
     let blocks: u32 = traces.values().flat_map(|trace| &trace.0).map(|(_, count)| count).sum();

@@ -1,11 +1,11 @@
 //! From `run.json` to the machine's end: disks, mount, QEMU, and the loop that waits for what happens.
 
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd, RunImage, SaveStatus, Saved};
+use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd, RunImage, RunResume, SaveStatus, Saved};
 use collective_model::{Firmware, Timestamp};
 use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
@@ -76,9 +76,11 @@ async fn start(
     *shared.disks() = disks.clone();
     let memory = open_memory(&shared).await?;
     shared.memory().clone_from(&memory);
-    let mount = mount(layout, &shared.config, &disks, memory.clone())?;
+    let backing = shared.config.resume.as_ref().and_then(|resume| backing(&shared.config, resume));
+    let singly = backing.is_none();
+    let mount = mount(layout, &shared.config, &disks, memory.clone().map(|memory| (memory, backing)))?;
     ahead::before_it_goes_on(&shared, &disks, memory.as_ref()).await;
-    match launch(layout, &shared).await {
+    match launch(layout, &shared, singly).await {
         Ok((vm, events, saver)) => {
             let to = if memory.is_some() { layout.touched() } else { layout.trace() };
             tokio::spawn(ahead::record(shared.clone(), disks.clone(), memory.clone(), to));
@@ -154,11 +156,26 @@ async fn load_image(shared: &Shared, image: Option<&RunImage>) -> Result<Option<
     }
 }
 
+/// A file that is all of the memory, and not this machine's alone: that of a version, or the only layer of clones. What a
+/// rehearsal reads has to be seen.
+fn backing(config: &RunConfig, resume: &RunResume) -> Option<std::fs::File> {
+    if config.rehearsal || config.arriving.is_some() {
+        return None;
+    }
+    let layer = || match &resume.memory[..] {
+        [only] if resume.image.is_none() && std::fs::metadata(only).is_ok_and(|found| found.nlink() > 1) => Some(only),
+        _ => None,
+    };
+    let path = resume.copy.as_ref().filter(|copy| copy.exists()).or_else(layer)?;
+    let opened = std::fs::File::open(path);
+    opened.inspect_err(|error| tracing::warn!(%error, "pages of the memory are not shared with others")).ok()
+}
+
 fn mount(
     layout: &Layout,
     config: &RunConfig,
     disks: &[Arc<Disk>],
-    memory: Option<Arc<Disk>>,
+    memory: Option<(Arc<Disk>, Option<std::fs::File>)>,
 ) -> Result<Mount, NotStarted> {
     let guarded = layout.guarded();
     let prepare = || -> std::io::Result<()> {
@@ -167,14 +184,19 @@ fn mount(
         config.user.map_or(Ok(()), |(uid, gid)| chown(&guarded, Some(uid), Some(gid)))
     };
     prepare().map_err(NotStarted::step("cannot prepare the folder of the disks"))?;
-    let file = |(run, disk): (&RunDisk, &Arc<Disk>)| File { name: run.name.to_string(), disk: disk.clone() };
-    let memory = memory.map(|disk| File { name: MEMORY.into(), disk });
+    let file =
+        |(run, disk): (&RunDisk, &Arc<Disk>)| File { name: run.name.to_string(), disk: disk.clone(), backing: None };
+    let memory = memory.map(|(disk, backing)| File { name: MEMORY.into(), disk, backing });
     let files = config.disks.iter().zip(disks).map(file).chain(memory).collect();
     Mount::new(&layout.mount(), files, config.user, tokio::runtime::Handle::current())
         .map_err(NotStarted::step("cannot show the disks to QEMU"))
 }
 
-async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::EventReceiver, Saver), NotStarted> {
+async fn launch(
+    layout: &Layout,
+    shared: &Shared,
+    singly: bool,
+) -> Result<(vmm::Vm, vmm::EventReceiver, Saver), NotStarted> {
     let config = &shared.config;
     let qemu = vmm::find_qemu().await.map_err(NotStarted::step("cannot find QEMU"))?;
     let accelerator = if config.force_tcg {
@@ -208,7 +230,9 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
     // Before anybody is told that it runs, and may ask for its ports.
     forward(&vm, shared).await?;
     if config.resume.is_some() {
-        read_singly(&vm, true).await;
+        if singly {
+            read_singly(&vm, true).await;
+        }
         vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
         if let Err(error) = vm.announce().await {
             tracing::warn!(%error, "the network is not told where the guest is now");

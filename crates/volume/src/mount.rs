@@ -3,14 +3,14 @@
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty,
-    ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
+    BackgroundSession, BackingId, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
 };
 use tokio::runtime::Handle;
 
@@ -30,6 +30,9 @@ pub struct File {
     pub name: String,
     /// What is in it.
     pub disk: Arc<Disk>,
+    /// A local file that begins with exactly that and never changes. Then the kernel reads this one without asking, and keeps
+    /// its pages once for all who are shown it. That takes root and Linux 6.9; else it asks as for others.
+    pub backing: Option<std::fs::File>,
 }
 
 /// Why disks cannot be shown.
@@ -57,7 +60,9 @@ impl Mount {
         config.acl = if owner.is_some() { SessionACL::All } else { SessionACL::Owner };
         config.n_threads = Some(THREADS);
         let ours = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        let disks = Disks { files, owner: owner.unwrap_or(ours), runtime, flushing: AtomicBool::new(false) };
+        let backings = files.iter().map(|_| OnceLock::new()).collect();
+        let owner = owner.unwrap_or(ours);
+        let disks = Disks { files, backings, owner, runtime, flushing: AtomicBool::new(false) };
         let session = Session::new(disks, path, &config).and_then(Session::spawn);
         let session = session.map_err(|source| MountError { path: path.to_owned(), source })?;
         Ok(Self { session: Some(session) })
@@ -71,6 +76,8 @@ impl Mount {
 
 struct Disks {
     files: Vec<File>,
+    /// What the kernel calls their backing files; none: it does not take it.
+    backings: Vec<OnceLock<Option<BackingId>>>,
     owner: (u32, u32),
     runtime: Handle,
     /// One of the threads waits for a flush.
@@ -85,6 +92,17 @@ impl Disks {
     fn disk(&self, ino: INodeNo) -> Option<&Arc<Disk>> {
         let index = u64::from(ino).checked_sub(2)?;
         self.files.get(index as usize).map(|file| &file.disk)
+    }
+
+    /// The file that the kernel reads in place of asking.
+    fn backing(&self, ino: INodeNo, reply: &ReplyOpen) -> Option<&BackingId> {
+        let index = u64::from(ino).checked_sub(2)? as usize;
+        let file = self.files.get(index)?.backing.as_ref()?;
+        let take = || {
+            let taken = reply.open_backing(file);
+            taken.inspect_err(|error| tracing::info!(%error, "the kernel's pages are not shared with others")).ok()
+        };
+        self.backings.get(index)?.get_or_init(take).as_ref()
     }
 
     fn attr(&self, ino: u64) -> Option<FileAttr> {
@@ -118,6 +136,11 @@ impl Filesystem for Disks {
         let _ = config.set_max_write(1 << 20);
         let _ = config.set_max_background(64);
         let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        if self.files.iter().any(|file| file.backing.is_some()) {
+            let _ = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH);
+            // The backing file may be on a file system that lies on another one itself, as those of containers do.
+            let _ = config.set_max_stack_depth(2);
+        }
         Ok(())
     }
 
@@ -138,6 +161,9 @@ impl Filesystem for Disks {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if let Some(backing) = self.backing(ino, &reply) {
+            return reply.opened_passthrough(FileHandle(0), FopenFlags::empty(), backing);
+        }
         match self.disk(ino) {
             // All changes come through this mount, so what the kernel has cached stays right.
             Some(_) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
