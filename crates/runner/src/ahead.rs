@@ -44,21 +44,19 @@ const PAUSE: Duration = Duration::from_secs(3);
 pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Option<Arc<Disk>>) {
     let images = disks.iter().chain(&memory).filter_map(|disk| disk.image());
     let all: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
-    let arrives = shared.arrival.is_some();
+    // With what is read first here, it is as fast as from a disk, or needs something that nobody foresaw.
+    let limit = shared.config.health.as_ref().map_or(UP_WITHOUT_CHECK, |check| check.limit.0);
+    if let Some(arrival) = &shared.arrival {
+        until_up(&shared, limit).await;
+        gently(&shared, &all).await;
+        return settle(&shared, arrival).await;
+    }
     let first = wanted_first(&shared, &disks, memory.as_ref()).await;
-    if arrives || !first.is_empty() {
+    if !first.is_empty() {
         until_here(&shared, &first, Pace::AHEAD, &all).await;
-        // With all of that here, it is as fast as from a disk, or needs something that nobody foresaw.
-        let limit = shared.config.health.as_ref().map_or(UP_WITHOUT_CHECK, |check| check.limit.0);
         until_up(&shared, limit).await;
     }
-    if arrives {
-        gently(&shared, &all, &all).await;
-    }
     until_here(&shared, &all, Pace::BESIDE, &all).await;
-    if let Some(arrival) = &shared.arrival {
-        settle(&shared, arrival).await;
-    }
     let copy = shared.config.resume.as_ref().and_then(|resume| resume.copy.as_ref()).filter(|copy| !copy.exists());
     if let (Some(copy), Some(memory)) = (copy, &memory) {
         let kept = keep_copy(&shared, memory, copy).await;
@@ -190,8 +188,8 @@ async fn boot_trace(shared: &Shared, page: &Digest) -> Result<Trace, FetchError>
 
 /// As [`until_here`], in parts that take about half a second each: whatever the link, a guest that waits for something else
 /// does not wait long.
-async fn gently(shared: &Shared, frames: &[Digest], all: &[Digest]) {
-    let (mut rest, mut count) = (frames, 1);
+async fn gently(shared: &Shared, all: &[Digest]) {
+    let (mut rest, mut count) = (all, 1);
     while !rest.is_empty() {
         let (part, others) = rest.split_at(count.min(rest.len()));
         let begun = Instant::now();

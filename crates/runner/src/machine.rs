@@ -13,7 +13,7 @@ use collective_store::image::ImageMap;
 use collective_vmm as vmm;
 use collective_volume::{Disk, File, Layer, Mount};
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::gate::Gate;
@@ -78,7 +78,8 @@ async fn start(
     shared.memory().clone_from(&memory);
     let backing = shared.config.resume.as_ref().and_then(|resume| backing(&shared.config, resume));
     let singly = backing.is_none();
-    let mount = mount(layout, &shared.config, &disks, memory.clone().map(|memory| (memory, backing)))?;
+    let shown = memory.clone().map(|memory| (memory, backing));
+    let mount = mount(layout, &shared.config, &disks, shown, shared.memory_waits.clone())?;
     ahead::before_it_goes_on(&shared, &disks, memory.as_ref()).await;
     match launch(layout, &shared, singly).await {
         Ok((vm, events, saver)) => {
@@ -176,6 +177,7 @@ fn mount(
     config: &RunConfig,
     disks: &[Arc<Disk>],
     memory: Option<(Arc<Disk>, Option<std::fs::File>)>,
+    waits: Arc<Notify>,
 ) -> Result<Mount, NotStarted> {
     let guarded = layout.guarded();
     let prepare = || -> std::io::Result<()> {
@@ -184,9 +186,13 @@ fn mount(
         config.user.map_or(Ok(()), |(uid, gid)| chown(&guarded, Some(uid), Some(gid)))
     };
     prepare().map_err(NotStarted::step("cannot prepare the folder of the disks"))?;
-    let file =
-        |(run, disk): (&RunDisk, &Arc<Disk>)| File { name: run.name.to_string(), disk: disk.clone(), backing: None };
-    let memory = memory.map(|(disk, backing)| File { name: MEMORY.into(), disk, backing });
+    let file = |(run, disk): (&RunDisk, &Arc<Disk>)| File {
+        name: run.name.to_string(),
+        disk: disk.clone(),
+        backing: None,
+        waits: None,
+    };
+    let memory = memory.map(|(disk, backing)| File { name: MEMORY.into(), disk, backing, waits: Some(waits) });
     let files = config.disks.iter().zip(disks).map(file).chain(memory).collect();
     Mount::new(&layout.mount(), files, config.user, tokio::runtime::Handle::current())
         .map_err(NotStarted::step("cannot show the disks to QEMU"))
@@ -250,6 +256,27 @@ async fn launch(
         status.started_in_ms = Some(Timestamp::now().since_ms(config.ordered));
     }
     Ok((vm, events, Saver::new(platform, config.resume.as_ref())))
+}
+
+/// A guest whose processor waits for a page over the network stands still as a whole, and its clocks with it: otherwise all
+/// that was due meanwhile would be done at once, and touch more pages that are not here. QEMU stops its clocks at once, and
+/// its processors when the page has come.
+async fn stand_still(vm: &vmm::Vm) {
+    let stood = match vm.pause().await {
+        Ok(()) => vm.cont().await,
+        failed => failed,
+    };
+    if let Err(error) = stood {
+        tracing::warn!(%error, "the guest's clocks run on while it waits for its memory");
+    }
+}
+
+/// Waits for what was begun, if it was; it is gone then. What is dropped before is still to be waited for.
+async fn end_of<F: Future<Output = ()> + Unpin>(begun: &mut Option<F>) {
+    if let Some(future) = begun {
+        future.await;
+        *begun = None;
+    }
 }
 
 /// Memory is read as the guest touches it, so that what comes over the network and what is noted is what is needed.
@@ -355,6 +382,7 @@ impl Running {
         let never = || Instant::now() + Duration::from_secs(86_400);
         let exit = vm.wait();
         tokio::pin!(exit);
+        let mut still = None;
         let exit = loop {
             tokio::select! {
                 exit = &mut exit => break exit,
@@ -362,7 +390,14 @@ impl Running {
                     tracing::warn!(%error, "the log of the serial line cannot be kept short");
                 },
                 Some(event) = events.recv() => retry = note(shared, event, retry),
+                () = shared.memory_waits.notified(), if still.is_none() && shared.arrival.is_some() => {
+                    still = Some(Box::pin(stand_still(vm)));
+                }
+                () = end_of(&mut still), if still.is_some() => {}
                 Some(order) = inbox.recv() => {
+                    if !matches!(order, Order::PowerOff) {
+                        end_of(&mut still).await;
+                    }
                     match order {
                         Order::Stop { limit_ms } => {
                             asked = true;
@@ -404,6 +439,7 @@ impl Running {
                 }
                 () = sleep_until(press.unwrap_or_else(never)), if press.is_some() => {
                     press = Some(Instant::now() + PRESS_AGAIN);
+                    end_of(&mut still).await;
                     // A paused guest cannot react.
                     let _ = vm.cont().await;
                     if let Err(error) = vm.power_button().await {
@@ -412,6 +448,7 @@ impl Running {
                 }
                 () = sleep_until(retry.unwrap_or_else(never)), if retry.is_some() => {
                     retry = None;
+                    end_of(&mut still).await;
                     let _ = vm.cont().await;
                 }
             }

@@ -13,6 +13,7 @@ use fuser::{
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
 };
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use crate::Disk;
 
@@ -33,6 +34,8 @@ pub struct File {
     /// A local file that begins with exactly that and never changes. Then the kernel reads this one without asking, and keeps
     /// its pages once for all who are shown it. That takes root and Linux 6.9; else it asks as for others.
     pub backing: Option<std::fs::File>,
+    /// Told when a read begins to wait for what is not here.
+    pub waits: Option<Arc<Notify>>,
 }
 
 /// Why disks cannot be shown.
@@ -92,6 +95,11 @@ impl Disks {
     fn disk(&self, ino: INodeNo) -> Option<&Arc<Disk>> {
         let index = u64::from(ino).checked_sub(2)?;
         self.files.get(index as usize).map(|file| &file.disk)
+    }
+
+    fn waits(&self, ino: INodeNo) -> Option<&Arc<Notify>> {
+        let index = u64::from(ino).checked_sub(2)?;
+        self.files.get(index as usize)?.waits.as_ref()
     }
 
     /// The file that the kernel reads in place of asking.
@@ -187,6 +195,7 @@ impl Filesystem for Disks {
             Ok(Some(bytes)) => reply.data(&bytes),
             Err(error) => reply.error(errno(&error)),
             Ok(None) => {
+                self.waits(ino).inspect(|waits| waits.notify_one());
                 let disk = disk.clone();
                 self.runtime.spawn(async move {
                     match disk.read(offset, size as usize).await {
