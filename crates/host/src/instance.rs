@@ -55,6 +55,7 @@ pub(crate) struct Instance {
     retry_at: Option<Instant>,
     pub merging: Merging,
     pub clock: Clock,
+    pub host_key: std::sync::OnceLock<String>,
     gone: bool,
 }
 
@@ -93,6 +94,7 @@ impl Instance {
             retry_at: None,
             merging: Merging::default(),
             clock: Clock::default(),
+            host_key: std::sync::OnceLock::new(),
             gone: false,
         };
         instance.save()?;

@@ -132,6 +132,7 @@ impl Instance {
             arrived: record.arrived.clone(),
             resumed: status.resumed,
             arrival: self.arrival(),
+            ssh_host_key: self.public_host_key(),
             observed_at: Timestamp::now(),
         }
     }
