@@ -3,15 +3,15 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, Link, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, Link, eventually, kill};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const LONG: Duration = Duration::from_secs(180);
 /// Bytes a second: what the machine needs to go on takes seconds,
 const AT_FIRST: u64 = 1_000_000;
 /// and the 20 MB that the guest holds take longer than any step of these stories.
-const SLOW: u64 = 100_000;
+const SLOW: u64 = 200_000;
 
 /// A machine on `a` that holds 20 MB and has written, and a host `b` behind a slow link.
 struct Story {
@@ -26,15 +26,12 @@ impl Story {
     fn begin() -> Self {
         let mut fleet = Fleet::start(PROGRAM);
         let link = fleet.join_over_link("b");
-        fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
-        let guest = Guest { port: free_port() };
-        let publish = format!("{}:80", guest.port);
+        fleet.publish(&tiny("1"));
         // The other host has the appliance.
         fleet.ok(&["launch", "test/tiny:1", "--name", "other", "--host", "b"]);
         eventually("the other host has all", LONG, || (fleet.info("other")["frames_missing"] == 0).then_some(()));
         fleet.ok(&["delete", "other", "--data"]);
-        fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "a", "--publish", &publish]);
-        fleet.wait("n", "healthy");
+        let guest = Guest::launch(&fleet, "n", &["--host", "a"]);
         let generation = guest.get("/fill?20");
         guest.put("/notes/kept", "acknowledged");
         let boots = guest.get("/boots");
@@ -112,10 +109,9 @@ fn what_is_not_there_yet_comes_when_it_is_touched() {
     story.link.cut();
     story.sound();
     let qemu = story.fleet.qemu_pid("n");
-    let killed = rustix::process::Pid::from_raw(qemu).unwrap();
-    rustix::process::kill_process(killed, rustix::process::Signal::KILL).unwrap();
+    kill(qemu);
     eventually("it crashed and is there again", LONG, || {
-        (story.guest.request("GET", "/boots", "").is_some_and(|(_, boots)| boots != story.boots)).then_some(())
+        story.guest.ask("/boots").filter(|boots| *boots != story.boots)
     });
     assert_eq!(story.get("/notes/there"), "and once more");
     assert_eq!(story.get("/notes/kept"), "acknowledged");
@@ -131,17 +127,15 @@ fn a_power_cut_while_it_arrives() {
     let story = Story::begin();
     story.arriving();
     story.put("/notes/there", "written on b");
-    let runner = rustix::process::Pid::from_raw(story.fleet.runner_pid("n")).unwrap();
+    let runner = story.fleet.runner_pid("n");
     // Nobody has the key for the rest of it just then.
     story.link.cut();
-    rustix::process::kill_process(runner, rustix::process::Signal::KILL).unwrap();
+    kill(runner);
     eventually("it waits for the plane", LONG, || story.fleet.log("b").contains("to=starting").then_some(()));
     std::thread::park_timeout(Duration::from_secs(3));
     story.link.mend();
     // Its memory is lost, as with any power cut; its disks arrive further.
-    eventually("it is booted", LONG, || {
-        story.guest.request("GET", "/boots", "").is_some_and(|(_, boots)| boots != story.boots).then_some(())
-    });
+    eventually("it is booted", LONG, || story.guest.ask("/boots").filter(|boots| *boots != story.boots));
     assert_eq!(story.get("/notes/kept"), "acknowledged");
     assert_eq!(story.get("/notes/there"), "written on b");
     story.link.slow(0);
@@ -154,8 +148,11 @@ fn what_has_not_arrived_is_brought_before_it_goes_on_to_travel() {
     let story = Story::begin();
     story.arriving();
     story.put("/notes/there", "written on b");
-    story.fleet.ok(&["suspend", "n"]);
+    let mut command = story.fleet.spawn(&["suspend", "n"]);
+    eventually("it is suspended", LONG, || (story.fleet.info("n")["state"] == "suspended").then_some(()));
+    assert_ne!(story.fleet.info("n")["in_store"], true);
     story.link.slow(0);
+    assert!(command.wait().unwrap().success());
     let suspended = story.fleet.json(&["suspend", "n"]);
     assert_eq!(suspended["not_stored"], serde_json::Value::Null, "{suspended}");
     story.fleet.ok(&["resume", "n", "--host", "a"]);
