@@ -1,4 +1,4 @@
-//! Health, as seen from outside: one HTTP request at a time.
+//! Health, as seen from outside: one HTTP request at a time, and until the first answer two.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,6 +14,8 @@ use crate::state::Shared;
 const SHOWN: usize = 400;
 /// How often it is tried until it answers, if not more often.
 const FIRST: Duration = Duration::from_millis(500);
+/// Until it answers, one of two requests is given up after this time and made anew.
+const EAGER: Duration = Duration::from_secs(1);
 /// A healthy instance is unhealthy after this many failed probes in a row.
 const PATIENCE: u32 = 3;
 
@@ -23,8 +25,7 @@ pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAdd
     let (mut answered, mut failures) = (false, 0);
     shared.status().health = HealthState::Waiting;
     loop {
-        let result = tokio::time::timeout(check.timeout.0, probe(at, &check.http)).await;
-        let result = result.unwrap_or_else(|_| Err(format!("no answer within {}", check.timeout)));
+        let result = if answered { patient(&check, at).await } else { first(&check, at).await };
         {
             let mut status = shared.status();
             match result {
@@ -47,6 +48,25 @@ pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAdd
         }
         let pause = if answered { check.interval.0 } else { check.interval.0.min(FIRST) };
         tokio::time::sleep(pause).await;
+    }
+}
+
+async fn patient(check: &HealthCheck, at: SocketAddr) -> Result<(), String> {
+    let result = tokio::time::timeout(check.timeout.0, probe(at, &check.http)).await;
+    result.unwrap_or_else(|_| Err(format!("no answer within {}", check.timeout)))
+}
+
+/// What is sent to a guest that boots is lost, and QEMU sends it again many seconds later. So there are always two requests: one
+/// may take its time, and one comes soon after the guest can hear it.
+async fn first(check: &HealthCheck, at: SocketAddr) -> Result<(), String> {
+    let eager = async {
+        while !matches!(tokio::time::timeout(EAGER, probe(at, &check.http)).await, Ok(Ok(()))) {
+            tokio::time::sleep(FIRST / 5).await;
+        }
+    };
+    tokio::select! {
+        result = patient(check, at) => result,
+        () = eager => Ok(()),
     }
 }
 
@@ -81,6 +101,7 @@ async fn request(at: SocketAddr, path: &str) -> std::io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use collective_model::Span;
     use tokio::net::TcpListener;
 
     async fn answered_with(answer: &'static str) -> Result<(), String> {
@@ -93,6 +114,22 @@ mod tests {
             let _ = stream.write_all(answer.as_bytes()).await;
         });
         probe(at, &HttpProbe { port: 80, path: "/health".into(), status: 200 }).await
+    }
+
+    /// The first connection is one that the guest never hears of.
+    #[tokio::test]
+    async fn a_guest_that_missed_the_first_request_is_asked_again() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let _deaf = [listener.accept().await.unwrap(), listener.accept().await.unwrap()];
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
+        });
+        let http = HttpProbe { port: 80, path: "/health".into(), status: 200 };
+        let long = Span(Duration::from_secs(60));
+        let check = HealthCheck { http, interval: long, timeout: long, limit: long };
+        assert_eq!(first(&check, at).await, Ok(()));
     }
 
     #[tokio::test]
