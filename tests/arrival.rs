@@ -168,3 +168,28 @@ fn what_has_not_arrived_is_brought_before_it_goes_on_to_travel() {
     let deleted = story.fleet.json(&["delete", "n"]);
     assert!(deleted["kept"].is_string(), "{deleted}");
 }
+
+#[test]
+fn what_could_not_be_brought_is_moved_again_here_or_elsewhere() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join("b");
+    fleet.publish(&tiny("1"));
+    let guest = Guest::launch(&fleet, "n", &["--host", "a"]);
+    let generation = guest.get("/fill?20");
+    let (packs, elsewhere) = (fleet.file("a/plane/store/private"), fleet.file("elsewhere"));
+    for host in ["b", "a"] {
+        fleet.ok(&["suspend", "n"]);
+        std::fs::rename(&packs, &elsewhere).unwrap();
+        let error = fleet.fails(&["resume", "n", "--host", "b"]);
+        assert!(error.contains("It is in the store; move it again"), "{error}");
+        let error = fleet.fails(&["resume", "n"]);
+        assert!(error.contains("move it again, here or elsewhere"), "{error}");
+        std::fs::rename(&elsewhere, &packs).unwrap();
+        fleet.ok(&["move", "n", "--to", host]);
+        guest.sound(&generation);
+        assert_eq!(fleet.info("n")["host"], host);
+        if host == "b" {
+            fleet.ok(&["move", "n", "--to", "a"]);
+        }
+    }
+}
