@@ -169,6 +169,33 @@ fn what_has_not_arrived_is_brought_before_it_goes_on_to_travel() {
     assert!(deleted["kept"].is_string(), "{deleted}");
 }
 
+/// Its first pages would take minutes.
+#[test]
+fn a_resume_is_broken_off_by_whoever_wants_something_else() {
+    let story = Story::begin();
+    let fleet = &story.fleet;
+    fleet.ok(&["suspend", "n"]);
+    let resuming = |command: &[&str]| {
+        let command = fleet.spawn(command);
+        eventually("it is being resumed", LONG, || (fleet.info("n")["state"] == "resuming").then_some(()));
+        story.link.slow(AT_FIRST / 100);
+        command
+    };
+    story.link.slow(AT_FIRST / 4);
+    let mut command = resuming(&["resume", "n", "--host", "b"]);
+    fleet.ok(&["suspend", "n"]);
+    assert_eq!(fleet.info("n")["state"], "suspended");
+    assert_eq!(command.wait().unwrap().code(), Some(1));
+    let kept = fleet.json(&["checkpoint", "n"])["id"].to_string();
+    let mut command = resuming(&["resume", "n"]);
+    assert!(fleet.ok(&["stop", "n"]).contains("memory was given up"));
+    assert_eq!(command.wait().unwrap().code(), Some(1));
+    story.link.slow(0);
+    fleet.ok(&["restore", "n", &kept]);
+    story.sound();
+    assert_eq!(story.get("/boots"), story.boots, "it was not booted");
+}
+
 #[test]
 fn what_could_not_be_brought_is_moved_again_here_or_elsewhere() {
     let mut fleet = Fleet::start(PROGRAM);
