@@ -9,6 +9,7 @@ mod bad_luck;
 mod boot_order;
 mod bucket;
 mod clones;
+mod deaths;
 mod formats;
 mod house;
 mod import_export;

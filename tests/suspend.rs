@@ -336,6 +336,24 @@ fn a_running_machine_moves_there_and_back() {
     fleet.wait("n", "healthy");
 }
 
+/// The others have 20 MB.
+#[test]
+fn a_hundred_megabytes_are_kept_gone_back_to_and_moved() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join("b");
+    fleet.publish(&tiny("1"));
+    let guest = Guest::launch(&fleet, "n", &["--host", "a"]);
+    let generation = guest.get("/fill?100");
+    guest.get("/count?on");
+    fleet.ok(&["move", "n", "--to", "b"]);
+    assert_eq!(guest.get("/pages"), format!("25600 pages of {generation}, 0 bad"));
+    guest.get("/count?on");
+    fleet.ok(&["checkpoint", "n"]);
+    guest.get("/fill?20");
+    fleet.ok(&["restore", "n", "1"]);
+    guest.sound(&generation);
+}
+
 #[test]
 fn the_timeline_has_pictures_of_the_screen() {
     let fleet = Fleet::start(PROGRAM);
