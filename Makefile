@@ -18,9 +18,9 @@ test: lint       ## everything that is tested, with real QEMU
 	deploy/install-deps test
 	$(CARGO) test --workspace -- --test-threads 2
 
-soak:            ## what takes long: a plain Debian with cloud-init, bad luck at many instants; SOAK=N for more
+soak:            ## what takes hours: a plain Debian with cloud-init, bad luck at many instants; SOAK=N, SEEDS=N for more
 	deploy/install-deps test
-	$(CARGO) test -p collective --test soak --test layers -- --ignored --test-threads 1
+	$(CARGO) test --workspace --test stories -- --ignored --test-threads 1
 
 # Sanitizers are not stable yet; the variable lets the stable compiler use them. What is found goes below fuzz/artifacts,
 # and belongs into fuzz/corpus once it is understood.

@@ -3,15 +3,15 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, Link, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, Link, eventually, kill};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const LONG: Duration = Duration::from_secs(180);
 /// Bytes a second: what the machine needs to go on takes seconds,
 const AT_FIRST: u64 = 1_000_000;
 /// and the 20 MB that the guest holds take longer than any step of these stories.
-const SLOW: u64 = 100_000;
+const SLOW: u64 = 200_000;
 
 /// A machine on `a` that holds 20 MB and has written, and a host `b` behind a slow link.
 struct Story {
@@ -26,15 +26,12 @@ impl Story {
     fn begin() -> Self {
         let mut fleet = Fleet::start(PROGRAM);
         let link = fleet.join_over_link("b");
-        fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
-        let guest = Guest { port: free_port() };
-        let publish = format!("{}:80", guest.port);
+        fleet.publish(&tiny("1"));
         // The other host has the appliance.
         fleet.ok(&["launch", "test/tiny:1", "--name", "other", "--host", "b"]);
         eventually("the other host has all", LONG, || (fleet.info("other")["frames_missing"] == 0).then_some(()));
         fleet.ok(&["delete", "other", "--data"]);
-        fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "a", "--publish", &publish]);
-        fleet.wait("n", "healthy");
+        let guest = Guest::launch(&fleet, "n", &["--host", "a"]);
         let generation = guest.get("/fill?20");
         guest.put("/notes/kept", "acknowledged");
         let boots = guest.get("/boots");
@@ -112,10 +109,9 @@ fn what_is_not_there_yet_comes_when_it_is_touched() {
     story.link.cut();
     story.sound();
     let qemu = story.fleet.qemu_pid("n");
-    let killed = rustix::process::Pid::from_raw(qemu).unwrap();
-    rustix::process::kill_process(killed, rustix::process::Signal::KILL).unwrap();
+    kill(qemu);
     eventually("it crashed and is there again", LONG, || {
-        (story.guest.request("GET", "/boots", "").is_some_and(|(_, boots)| boots != story.boots)).then_some(())
+        story.guest.ask("/boots").filter(|boots| *boots != story.boots)
     });
     assert_eq!(story.get("/notes/there"), "and once more");
     assert_eq!(story.get("/notes/kept"), "acknowledged");
@@ -131,17 +127,15 @@ fn a_power_cut_while_it_arrives() {
     let story = Story::begin();
     story.arriving();
     story.put("/notes/there", "written on b");
-    let runner = rustix::process::Pid::from_raw(story.fleet.runner_pid("n")).unwrap();
+    let runner = story.fleet.runner_pid("n");
     // Nobody has the key for the rest of it just then.
     story.link.cut();
-    rustix::process::kill_process(runner, rustix::process::Signal::KILL).unwrap();
+    kill(runner);
     eventually("it waits for the plane", LONG, || story.fleet.log("b").contains("to=starting").then_some(()));
     std::thread::park_timeout(Duration::from_secs(3));
     story.link.mend();
     // Its memory is lost, as with any power cut; its disks arrive further.
-    eventually("it is booted", LONG, || {
-        story.guest.request("GET", "/boots", "").is_some_and(|(_, boots)| boots != story.boots).then_some(())
-    });
+    eventually("it is booted", LONG, || story.guest.ask("/boots").filter(|boots| *boots != story.boots));
     assert_eq!(story.get("/notes/kept"), "acknowledged");
     assert_eq!(story.get("/notes/there"), "written on b");
     story.link.slow(0);
@@ -154,8 +148,11 @@ fn what_has_not_arrived_is_brought_before_it_goes_on_to_travel() {
     let story = Story::begin();
     story.arriving();
     story.put("/notes/there", "written on b");
-    story.fleet.ok(&["suspend", "n"]);
+    let mut command = story.fleet.spawn(&["suspend", "n"]);
+    eventually("it is suspended", LONG, || (story.fleet.info("n")["state"] == "suspended").then_some(()));
+    assert_ne!(story.fleet.info("n")["in_store"], true);
     story.link.slow(0);
+    assert!(command.wait().unwrap().success());
     let suspended = story.fleet.json(&["suspend", "n"]);
     assert_eq!(suspended["not_stored"], serde_json::Value::Null, "{suspended}");
     story.fleet.ok(&["resume", "n", "--host", "a"]);
@@ -170,4 +167,56 @@ fn what_has_not_arrived_is_brought_before_it_goes_on_to_travel() {
     story.link.slow(0);
     let deleted = story.fleet.json(&["delete", "n"]);
     assert!(deleted["kept"].is_string(), "{deleted}");
+}
+
+/// Its first pages would take minutes.
+#[test]
+fn a_resume_is_broken_off_by_whoever_wants_something_else() {
+    let story = Story::begin();
+    let fleet = &story.fleet;
+    fleet.ok(&["suspend", "n"]);
+    let resuming = |command: &[&str]| {
+        let command = fleet.spawn(command);
+        eventually("it is being resumed", LONG, || (fleet.info("n")["state"] == "resuming").then_some(()));
+        story.link.slow(AT_FIRST / 100);
+        command
+    };
+    story.link.slow(AT_FIRST / 4);
+    let mut command = resuming(&["resume", "n", "--host", "b"]);
+    fleet.ok(&["suspend", "n"]);
+    assert_eq!(fleet.info("n")["state"], "suspended");
+    assert_eq!(command.wait().unwrap().code(), Some(1));
+    let kept = fleet.json(&["checkpoint", "n"])["id"].to_string();
+    let mut command = resuming(&["resume", "n"]);
+    assert!(fleet.ok(&["stop", "n"]).contains("memory was given up"));
+    assert_eq!(command.wait().unwrap().code(), Some(1));
+    story.link.slow(0);
+    fleet.ok(&["restore", "n", &kept]);
+    story.sound();
+    assert_eq!(story.get("/boots"), story.boots, "it was not booted");
+}
+
+#[test]
+fn what_could_not_be_brought_is_moved_again_here_or_elsewhere() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join("b");
+    fleet.publish(&tiny("1"));
+    let guest = Guest::launch(&fleet, "n", &["--host", "a"]);
+    let generation = guest.get("/fill?20");
+    let (packs, elsewhere) = (fleet.file("a/plane/store/private"), fleet.file("elsewhere"));
+    for host in ["b", "a"] {
+        fleet.ok(&["suspend", "n"]);
+        std::fs::rename(&packs, &elsewhere).unwrap();
+        let error = fleet.fails(&["resume", "n", "--host", "b"]);
+        assert!(error.contains("It is in the store; move it again"), "{error}");
+        let error = fleet.fails(&["resume", "n"]);
+        assert!(error.contains("move it again, here or elsewhere"), "{error}");
+        std::fs::rename(&elsewhere, &packs).unwrap();
+        fleet.ok(&["move", "n", "--to", host]);
+        guest.sound(&generation);
+        assert_eq!(fleet.info("n")["host"], host);
+        if host == "b" {
+            fleet.ok(&["move", "n", "--to", "a"]);
+        }
+    }
 }

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port};
 use serde_json::Value;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const NOTE: &str = "a note that nobody else may read";
 
 fn launch(fleet: &Fleet, name: &str, host: &str) -> Guest {
@@ -63,7 +63,7 @@ fn blocks(fleet: &Fleet, name: &str) -> Vec<Vec<u8>> {
 fn data_comes_back_after_its_instance_is_gone() {
     let mut fleet = Fleet::start(PROGRAM);
     fleet.join("b");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let guest = launch(&fleet, "n", "b");
     guest.put("/notes/x", NOTE);
     let book = book();
@@ -184,7 +184,7 @@ fn blake3_of(bytes: &[u8]) -> [u8; 32] {
 fn a_lost_key_an_old_store_and_another_host_are_refused() {
     let mut fleet = Fleet::start(PROGRAM);
     fleet.join("b");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let guest = launch(&fleet, "n", "b");
     guest.put("/notes/x", NOTE);
     fleet.ok(&["stop", "n"]);
@@ -277,7 +277,7 @@ fn a_lost_key_an_old_store_and_another_host_are_refused() {
 
 /// An appliance whose data disk has another name, and one that has none.
 fn other_disks(fleet: &Fleet, backup: &str) {
-    let built = tiny(PROGRAM, SCRATCH, "1");
+    let built = tiny("1");
     let text = std::fs::read_to_string(built.join("appliance.toml")).unwrap();
     let named = text.replace("name = \"tiny\"", "name = \"named\"").replace("name = \"data\"", "name = \"stuff\"");
     let system = text.replace("name = \"tiny\"", "name = \"bare\"").replace("role = \"data\"", "role = \"scratch\"");
@@ -305,7 +305,7 @@ fn other_disks(fleet: &Fleet, backup: &str) {
 fn a_backup_that_its_host_died_over_is_made_once() {
     let mut fleet = Fleet::start(PROGRAM);
     fleet.join("b");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let guest = launch(&fleet, "n", "b");
     guest.put("/notes/x", NOTE);
     fleet.ok(&["stop", "n"]);

@@ -2,10 +2,9 @@
 
 use std::path::Path;
 
-use collective_testkit::{Fleet, free_port, tiny};
+use collective_testkit::{Fleet, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
 
 /// A folder that `publish` takes: a small disk of a pattern, as publisher `p`.
 fn appliance(fleet: &Fleet, name: &str, version: &str) -> String {
@@ -177,7 +176,7 @@ fn tokens_are_used_once_and_certificates_are_pinned() {
 fn a_damaged_store_is_named_and_never_reaches_a_guest() {
     let mut fleet = Fleet::start(PROGRAM);
     fleet.join("b");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let packs = fleet.file("a/plane/store/packs/test/tiny");
     let pack = std::fs::read_dir(&packs).unwrap().next().unwrap().unwrap().path();
     let whole = std::fs::read(&pack).unwrap();

@@ -2,19 +2,14 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, Link, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, Link, eventually, free_port, kill};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const LONG: Duration = Duration::from_secs(120);
 
 fn publish(fleet: &Fleet, version: &str) {
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, version).to_string_lossy()]);
-}
-
-fn kill(pid: i32) {
-    let pid = rustix::process::Pid::from_raw(pid).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    fleet.publish(&tiny(version));
 }
 
 fn launch(fleet: &Fleet, name: &str, host: &str) -> Guest {
@@ -108,7 +103,7 @@ fn a_lazy_launch_waits_for_a_store_that_is_away() {
     });
     assert!(waiting.0.contains("the store cannot be reached"), "{waiting:?}");
     assert!(waiting.1 > Some(0), "{waiting:?}");
-    assert!(guest.request("GET", "/health", "").is_none(), "it cannot have booted yet");
+    assert!(guest.ask("/health").is_none(), "it cannot have booted yet");
     link.mend();
     link.slow(0);
     fleet.wait("n", "healthy");
@@ -121,7 +116,7 @@ fn a_lazy_launch_waits_for_a_store_that_is_away() {
     guest.answers();
     link.cut();
     kill(fleet.runner_pid("n"));
-    eventually("the guest is back without the plane", LONG, || guest.request("GET", "/health", "").map(drop));
+    eventually("the guest is back without the plane", LONG, || guest.ask("/health"));
     guest.put("/notes/alone", "written while the plane was away");
     assert_eq!(guest.get("/notes/alone"), "written while the plane was away");
     link.mend();
@@ -130,7 +125,7 @@ fn a_lazy_launch_waits_for_a_store_that_is_away() {
 #[test]
 fn publish_killed_at_any_instant_is_repeated() {
     let fleet = Fleet::start(PROGRAM);
-    let folder = tiny(PROGRAM, SCRATCH, "1");
+    let folder = tiny("1");
     let folder = folder.to_string_lossy();
     for pause in [5u64, 20, 60, 120, 200, 300, 450, 700] {
         let begun = std::time::Instant::now();

@@ -3,10 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
 
 /// A copy of the version's folder, which the notes are written into.
 fn copy(from: &Path, to: &Path) {
@@ -22,7 +21,7 @@ fn what_the_boot_reads_comes_first_and_the_rest_when_the_guest_is_up() {
     let mut fleet = Fleet::start(PROGRAM);
     let link = fleet.join_over_link("b");
     let folder = fleet.file("tiny");
-    copy(&tiny(PROGRAM, SCRATCH, "1"), &folder);
+    copy(&tiny("1"), &folder);
     let folder = folder.to_string_lossy();
     assert!(fleet.fails(&["trace", "nothing-here"]).contains("nothing-here"));
     let traced = fleet.json(&["trace", &folder]);

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, Link, Seaweed, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, Link, Seaweed, eventually, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const LONG: Duration = Duration::from_secs(120);
 
 fn publish(fleet: &Fleet, version: &str) {
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, version).to_string_lossy()]);
+    fleet.publish(&tiny(version));
 }
 
 #[test]
@@ -31,10 +31,10 @@ fn a_machine_from_a_bucket_waits_while_it_is_away_and_goes_on() {
     let waiting =
         eventually("the guest waits for the store", LONG, || fleet.info("n")["waiting"].as_str().map(str::to_owned));
     assert!(waiting.contains("cannot read a pack from the store s3://machines/fleet"), "{waiting}");
-    assert!(guest.request("GET", "/health", "").is_none(), "it cannot have booted yet");
+    assert!(guest.ask("/health").is_none(), "it cannot have booted yet");
     let status = fleet.ok(&["status"]);
     assert!(status.contains("store s3://machines/fleet\n  warning: cannot "), "{status}");
-    let refused = fleet.fails(&["publish", &tiny(PROGRAM, SCRATCH, "2").to_string_lossy()]);
+    let refused = fleet.fails(&["publish", &tiny("2").to_string_lossy()]);
     assert!(refused.contains("the store s3://machines/fleet"), "{refused}");
 
     // Plane and daemon die and come back while it is away; the guest goes on waiting.
@@ -53,7 +53,7 @@ fn a_machine_from_a_bucket_waits_while_it_is_away_and_goes_on() {
     fleet.ok(&["verify", "test/tiny"]);
     link.cut();
     fleet.ok(&["restart", "n"]);
-    eventually("all that is needed is here", LONG, || guest.request("GET", "/health", "").map(drop));
+    eventually("all that is needed is here", LONG, || guest.ask("/health"));
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! Every format that comes from outside, with damaged bytes: what is in `fuzz/corpus`, and changes of it by chance, the same
 //! ones in every run. `make fuzz` looks for longer and deeper. `SEEDS=100` gives a hundred times as many inputs.
 
-#[path = "formats/corpus.rs"]
 mod corpus;
 #[path = "../fuzz/src/lib.rs"]
 mod targets;

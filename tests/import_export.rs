@@ -1,14 +1,13 @@
 //! Machines come from elsewhere and go elsewhere, and stay the same bytes on the way.
 
-use collective_testkit::{Fleet, Guest, free_port, tiny};
+use collective_testkit::{Fleet, Guest, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
 
 #[test]
 fn out_as_qcow2_and_in_again_is_the_same_image() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let image = |reference: &str| fleet.json(&["show", reference])["manifest"]["disks"][0]["image"].clone();
     let path = |name: &str| fleet.file(name).to_string_lossy().into_owned();
     fleet.ok(&["export", "test/tiny:1", &path("disk.qcow2")]);
@@ -37,7 +36,7 @@ fn out_as_qcow2_and_in_again_is_the_same_image() {
 #[test]
 fn out_as_ova_and_in_again_is_the_same_machine() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let path = |name: &str| fleet.file(name).to_string_lossy().into_owned();
     let manifest = |reference: &str| fleet.json(&["show", reference])["manifest"].clone();
     assert!(fleet.fails(&["export", "test/tiny:1", &path("a.ova"), "--disk", "data"]).contains("--disk"));
@@ -91,7 +90,7 @@ fn out_as_ova_and_in_again_is_the_same_machine() {
 fn an_instance_leaves_with_all_that_it_wrote() {
     let mut fleet = Fleet::start(PROGRAM);
     fleet.join("b");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let port = free_port();
     fleet.ok(&["launch", "test/tiny", "--name", "n", "--host", "b", "--publish", &format!("{port}:80")]);
     fleet.wait("n", "healthy");

@@ -2,10 +2,9 @@
 
 use std::path::Path;
 
-use collective_testkit::{Fleet, tiny};
+use collective_testkit::Fleet;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
 
 fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
@@ -24,7 +23,7 @@ fn copy(from: &Path, to: &Path) {
 fn old_versions_go_and_damage_is_found_and_repaired() {
     let fleet = Fleet::start(PROGRAM);
     for version in ["1", "2"] {
-        fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, version).to_string_lossy()]);
+        fleet.publish(&tiny(version));
     }
     assert_eq!(fleet.json(&["prune"])["bytes"], 0, "everything is referred to");
     let plan = fleet.json(&["prune", "--keep", "1"]);

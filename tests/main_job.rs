@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
 
 fn publish(fleet: &Fleet, version: &str) -> serde_json::Value {
-    let folder = tiny(PROGRAM, SCRATCH, version);
+    let folder = tiny(version);
     fleet.json(&["publish", &folder.to_string_lossy()])
 }
 

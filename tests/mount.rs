@@ -2,15 +2,14 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, eventually, tiny};
+use collective_testkit::{Fleet, eventually};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
 
 #[test]
 fn other_programs_read_the_same_bytes_and_writes_are_gone_in_the_end() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let raw = fleet.file("system.raw");
     fleet.ok(&["export", "test/tiny:1", &raw.to_string_lossy()]);
     let exported = std::fs::read(&raw).unwrap();

@@ -1,13 +1,12 @@
 //! What a guest reaches: never the host itself, and nothing at all where its user says so. As root, and as anybody.
 
-use collective_testkit::{Fleet, Guest, free_port, tiny};
+use collective_testkit::{Fleet, Guest, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
 
 /// Launches the tiny guest and lets it try to reach what runs on this host.
 fn guest_is_kept_from_the_host(fleet: &Fleet) {
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let port = free_port();
     fleet.ok(&["launch", "test/tiny", "--name", "n", "--publish", &format!("{port}:80")]);
     fleet.wait("n", "healthy");
@@ -48,7 +47,7 @@ fn it_works_as_an_ordinary_user_and_says_what_that_costs() {
 #[test]
 fn without_a_network_the_published_port_still_works() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let port = free_port();
     fleet.ok(&["launch", "test/tiny", "--name", "n", "--network", "none", "--publish", &format!("{port}:80")]);
     fleet.wait("n", "healthy");

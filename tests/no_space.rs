@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const LONG: Duration = Duration::from_secs(120);
 
 /// Only root can mount a small file system to fill.
@@ -19,7 +19,7 @@ fn a_full_store_takes_nothing_by_halves() {
         return;
     }
     let fleet = Fleet::start_on_small_disk(PROGRAM, 12 << 20);
-    let folder = tiny(PROGRAM, SCRATCH, "1");
+    let folder = tiny("1");
     let error = fleet.fails(&["publish", &folder.to_string_lossy()]);
     assert!(error.contains("full") && error.contains("free space"), "{error}");
     assert!(fleet.fails(&["show", "test/tiny"]).contains("no appliance"), "nothing half published");
@@ -36,7 +36,7 @@ fn a_full_host_pauses_the_guest_until_there_is_space() {
     let mut fleet = Fleet::start(PROGRAM);
     fleet.small_disk("b", 200 << 20);
     fleet.join("b");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let port = free_port();
     fleet.ok(&["launch", "test/tiny", "--name", "n", "--host", "b", "--publish", &format!("{port}:80")]);
     fleet.wait("n", "healthy");
@@ -61,7 +61,7 @@ fn a_full_host_pauses_the_guest_until_there_is_space() {
 #[test]
 fn a_missing_layer_is_named_and_not_made_up() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     fleet.ok(&["launch", "test/tiny", "--name", "n"]);
     fleet.wait("n", "healthy");
     fleet.ok(&["stop", "n"]);

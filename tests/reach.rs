@@ -1,16 +1,16 @@
 //! Into a guest from anywhere: its console, its log as it grows, its ports, on a host that is reached through the plane.
 
-use collective_testkit::{Fleet, tiny};
+use collective_testkit::Fleet;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const ASK: &str = "GET /health HTTP/1.0\r\n\r\n";
 
 #[test]
 fn console_log_and_ports_of_a_guest_on_another_host() {
     let mut fleet = Fleet::start(PROGRAM);
     fleet.join("b");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     fleet.ok(&["launch", "test/tiny", "--name", "n", "--host", "b"]);
     fleet.wait("n", "healthy");
 
@@ -76,11 +76,11 @@ fn console_log_and_ports_of_a_guest_on_another_host() {
 #[test]
 fn a_version_on_probation_lets_nobody_in_but_the_console() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     fleet.ok(&["launch", "test/tiny", "--name", "n"]);
     fleet.wait("n", "healthy");
     // Version 3 never becomes healthy, so its gate stays closed until its limit is over.
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "3").to_string_lossy()]);
+    fleet.publish(&tiny("3"));
     let update = fleet.talk(&["update", "n"]);
     let log = fleet.talk(&["logs", "n", "--follow"]);
     log.hear("tiny 3 is broken on purpose");

@@ -2,15 +2,14 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
 
 #[test]
 fn settings_and_resources_reach_the_guest_and_survive() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.publish(&tiny("1"));
     let port = free_port();
     let published = format!("{port}:80");
     fleet.ok(&["launch", "test/tiny", "--name", "n", "--publish", &published, "--set", "title=It's \"mine\" $HOME"]);
@@ -55,7 +54,7 @@ fn settings_and_resources_reach_the_guest_and_survive() {
 #[test]
 fn the_same_disks_boot_by_uefi_which_keeps_its_variables() {
     let fleet = Fleet::start(PROGRAM);
-    let (built, folder) = (tiny(PROGRAM, SCRATCH, "1"), fleet.file("uefi"));
+    let (built, folder) = (tiny("1"), fleet.file("uefi"));
     std::fs::create_dir(&folder).unwrap();
     for disk in ["system.raw", "data.raw"] {
         std::os::unix::fs::symlink(built.join(disk), folder.join(disk)).unwrap();

@@ -5,10 +5,10 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use collective_testkit::{Fleet, Guest, cloud, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, cloud, tiny};
+
 const LONG: Duration = Duration::from_secs(300);
 
 /// The instants within `whole` at which something is killed: the same at every run, and including its end.
@@ -29,7 +29,7 @@ fn at(instant: Duration) {
 #[ignore = "boots Debian; run by make soak"]
 fn a_plain_debian_has_its_identity_from_cloud_init_in_every_version() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &cloud(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.ok(&["publish", &cloud("1").to_string_lossy()]);
     let key = fleet.file("key");
     let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status();
     assert!(made.unwrap().success());
@@ -66,7 +66,7 @@ fn a_plain_debian_has_its_identity_from_cloud_init_in_every_version() {
     assert_eq!(ssh("hostname; cat /etc/machine-id"), identity);
     assert!(ssh("cloud-init status --wait").contains("status: done"), "all that cloud-init does succeeds");
 
-    fleet.ok(&["publish", &cloud(PROGRAM, SCRATCH, "2").to_string_lossy()]);
+    fleet.ok(&["publish", &cloud("2").to_string_lossy()]);
     fleet.ok(&["update", "diary"]);
     assert_eq!(web.get("/version"), "2");
     assert_eq!(host_key(), known, "the system disk is new, the host key is not");
@@ -88,7 +88,7 @@ fn a_plain_debian_has_its_identity_from_cloud_init_in_every_version() {
 fn an_update_killed_at_any_instant_ends_and_loses_nothing_acknowledged() {
     let mut fleet = Fleet::start(PROGRAM);
     for version in ["1", "2"] {
-        fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, version).to_string_lossy()]);
+        fleet.publish(&tiny(version));
     }
     let guest = Guest { port: free_port() };
     fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--publish", &format!("{}:80", guest.port)]);
@@ -135,7 +135,7 @@ fn an_update_killed_at_any_instant_ends_and_loses_nothing_acknowledged() {
 #[ignore = "tries many instants; run by make soak"]
 fn a_publish_killed_at_any_instant_is_repeated() {
     let fleet = Fleet::start(PROGRAM);
-    let built = tiny(PROGRAM, SCRATCH, "1");
+    let built = tiny("1");
     let recipe = std::fs::read_to_string(built.join("appliance.toml")).unwrap();
     // Each round has an appliance of its own, for which the plane has nothing yet.
     let folder = |name: &str| {
@@ -174,7 +174,7 @@ fn a_power_cut_at_any_instant_of_an_update_leaves_one_side() {
     fleet.real_disk("b", 2 << 30);
     fleet.join("b");
     for version in ["1", "2"] {
-        fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, version).to_string_lossy()]);
+        fleet.publish(&tiny(version));
     }
     let guest = Guest { port: free_port() };
     let published = format!("{}:80", guest.port);

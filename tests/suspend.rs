@@ -2,50 +2,31 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Dice, Fleet, Guest, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port, kill};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const LONG: Duration = Duration::from_secs(120);
 
-fn launch(fleet: &Fleet, name: &str) -> Guest {
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
-    let port = free_port();
-    fleet.ok(&["launch", "test/tiny:1", "--name", name, "--publish", &format!("{port}:80")]);
-    fleet.wait(name, "healthy");
-    Guest { port }
+pub(crate) fn launch(fleet: &Fleet, name: &str) -> Guest {
+    fleet.publish(&tiny("1"));
+    Guest::launch(fleet, name, &[])
 }
 
-fn kill(pid: i32) {
-    let pid = rustix::process::Pid::from_raw(pid).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-}
-
-/// Memory has what was put there, and the disk has what memory says.
-#[track_caller]
-fn sound(guest: &Guest, generation: &str) -> u64 {
-    assert_eq!(guest.get("/pages"), format!("5120 pages of {generation}, 0 bad"));
-    guest.get("/count?off");
-    let ring = guest.get("/ring");
-    let (count, bad) = ring.split_once(", ").unwrap();
-    assert_eq!(bad, "0 bad", "{ring}");
-    count.parse().unwrap()
-}
-
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
 }
 
 /// Sets the guest's clock back, so that it is wrong unless the guest sets it when it goes on. Gives the generation that the
 /// guest knows.
-fn lose_the_time(guest: &Guest) -> String {
+pub(crate) fn lose_the_time(guest: &Guest) -> String {
     guest.get("/time?1000000000");
     guest.get("/instance/generation")
 }
 
 /// The guest has noticed that it went on, and has set its clock, which has whole seconds.
 #[track_caller]
-fn knows_the_time(guest: &Guest, since: u64, before: &str) {
+pub(crate) fn knows_the_time(guest: &Guest, since: u64, before: &str) {
     eventually("the guest takes up who it is", LONG, || (guest.get("/instance/generation") != before).then_some(()));
     let time: u64 = guest.get("/time").parse().unwrap();
     assert!(
@@ -87,7 +68,7 @@ fn suspend_and_resume_under_load() {
     knows_the_time(&guest, ordered, &seed);
     let after: u64 = guest.get("/count").parse().unwrap();
     assert!(after >= before, "{after} after {before}");
-    assert!(sound(&guest, &generation) >= before);
+    assert!(guest.sound(&generation) >= before);
     assert_eq!(guest.get("/boots"), boots, "it was not booted");
     let info = fleet.info("n");
     assert_eq!((&info["resumed"], &info["processor"]), (&true.into(), &"max".into()), "{info}");
@@ -104,7 +85,7 @@ fn suspend_and_resume_under_load() {
     fleet.ok(&["start", "n"]);
     guest.answers();
     knows_the_time(&guest, ordered, &seed);
-    sound(&guest, &generation);
+    guest.sound(&generation);
     assert_eq!(guest.get("/boots"), boots);
 
     // A machine that went on can be reset by its guest, and dies like any other.
@@ -150,19 +131,19 @@ fn checkpoints_of_a_machine_that_writes_and_back() {
     let back = fleet.json(&["restore", "n", "2"]);
     assert_eq!((back["memory"].as_bool(), back["kept_as_checkpoint"].as_u64()), (Some(true), Some(4)), "{back}");
     knows_the_time(&guest, ordered, &seed);
-    let count = sound(&guest, &generations[1]);
+    let count = guest.sound(&generations[1]);
     assert!(count >= counts[2], "{count} {counts:?}");
     // And forward again: the present was kept.
     fleet.ok(&["restore", "n", "4"]);
-    sound(&guest, &generations[3]);
+    guest.sound(&generations[3]);
     // Once more to the second, and on from there to a checkpoint of its own.
     fleet.ok(&["restore", "n", "2"]);
-    sound(&guest, &generations[1]);
+    guest.sound(&generations[1]);
     guest.put("/notes/branch", "written after going back");
     let kept = fleet.json(&["checkpoint", "n"]);
     fleet.ok(&["restore", "n", "1"]);
     assert_eq!(guest.request("GET", "/notes/branch", "").unwrap().0, 404);
-    sound(&guest, &generations[0]);
+    guest.sound(&generations[0]);
     fleet.ok(&["restore", "n", &kept["id"].to_string()]);
     assert_eq!(guest.get("/notes/branch"), "written after going back");
 
@@ -188,7 +169,7 @@ fn checkpoints_of_a_machine_that_writes_and_back() {
     fleet.ok(&["checkpoint", "n", "--forget", "3"]);
     assert!(!fleet.ok(&["timeline", "n"]).contains("number 3"));
     fleet.ok(&["restore", "n", "4"]);
-    sound(&guest, &generations[3]);
+    guest.sound(&generations[3]);
 }
 
 #[test]
@@ -199,7 +180,7 @@ fn deaths_while_it_is_saved() {
     guest.put("/notes/kept", "acknowledged");
     guest.get("/count?on");
     // The daemon dies at several instants of a checkpoint and of a suspend; the runner finishes what it was told.
-    for pause in [0, 15, 60, 150] {
+    for pause in [15, 150] {
         let mut command = fleet.spawn(&["checkpoint", "n"]);
         std::thread::park_timeout(Duration::from_millis(pause));
         fleet.kill_up();
@@ -208,7 +189,7 @@ fn deaths_while_it_is_saved() {
         fleet.wait_until_settled("n");
         assert_eq!(guest.get("/pages"), format!("5120 pages of {generation}, 0 bad"));
     }
-    for pause in [0, 30, 120, 300] {
+    for pause in [30, 300] {
         let mut command = fleet.spawn(&["suspend", "n"]);
         std::thread::park_timeout(Duration::from_millis(pause));
         fleet.kill_up();
@@ -224,22 +205,22 @@ fn deaths_while_it_is_saved() {
         }
         assert_eq!(guest.get("/pages"), format!("5120 pages of {generation}, 0 bad"));
     }
-    sound(&guest, &generation);
+    guest.sound(&generation);
     // Every checkpoint that is listed can be gone back to.
     for kept in fleet.json(&["timeline", "n"]).as_array().unwrap() {
         fleet.ok(&["restore", "n", &kept["id"].to_string()]);
-        sound(&guest, &generation);
+        guest.sound(&generation);
         guest.get("/count?on");
     }
     // The runner dies in the middle of being suspended: a power cut, and what was acknowledged is there.
-    let runner = rustix::process::Pid::from_raw(fleet.runner_pid("n")).unwrap();
+    let runner = fleet.runner_pid("n");
     let mut command = fleet.spawn(&["suspend", "n"]);
     eventually("it is being suspended", LONG, || {
         let state = fleet.info("n")["state"].clone();
         (state == "suspending" || state == "suspended").then_some(())
     });
     // Unless it was quicker.
-    let _ = rustix::process::kill_process(runner, rustix::process::Signal::KILL);
+    kill(runner);
     let _ = command.wait();
     eventually("it is over", LONG, || {
         let info = fleet.info("n");
@@ -279,11 +260,8 @@ fn what_was_damaged_is_not_gone_on_with() {
 fn a_running_machine_moves_there_and_back() {
     let mut fleet = Fleet::start(PROGRAM);
     fleet.join("b");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
-    let port = free_port();
-    fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "a", "--publish", &format!("{port}:80")]);
-    fleet.wait("n", "healthy");
-    let guest = Guest { port };
+    fleet.publish(&tiny("1"));
+    let guest = Guest::launch(&fleet, "n", &["--host", "a"]);
     let generation = guest.get("/fill?20");
     let boots = guest.get("/boots");
     guest.put("/notes/kept", "acknowledged");
@@ -304,7 +282,7 @@ fn a_running_machine_moves_there_and_back() {
         (info["host"].as_str(), info["state"].as_str(), info["generation"].as_u64()),
         (Some("b"), Some("running"), Some(2))
     );
-    sound(&guest, &generation);
+    guest.sound(&generation);
     assert_eq!(guest.get("/boots"), boots, "it was not booted");
     assert_eq!(guest.get("/machine-id"), machine);
     assert_eq!(guest.get("/notes/kept"), "acknowledged");
@@ -320,7 +298,7 @@ fn a_running_machine_moves_there_and_back() {
     assert_eq!(fleet.info("n")["in_store"], true);
     fleet.kill_host("b");
     fleet.ok(&["resume", "n", "--host", "a"]);
-    sound(&guest, &generation);
+    guest.sound(&generation);
     assert_eq!(guest.get("/notes/there"), "written on b");
     let qemu = fleet.qemu_pid("n");
     fleet.run_host("b");
@@ -330,7 +308,7 @@ fn a_running_machine_moves_there_and_back() {
     assert_eq!(fleet.info("n")["host"], "a");
 
     // Off, and without its memory, with another version than its data disk began with.
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "2").to_string_lossy()]);
+    fleet.publish(&tiny("2"));
     fleet.ok(&["update", "n"]);
     fleet.wait("n", "healthy");
     guest.put("/sysroot/own", "on the system disk");
@@ -358,11 +336,29 @@ fn a_running_machine_moves_there_and_back() {
     fleet.wait("n", "healthy");
 }
 
+/// The others have 20 MB.
+#[test]
+fn a_hundred_megabytes_are_kept_gone_back_to_and_moved() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join("b");
+    fleet.publish(&tiny("1"));
+    let guest = Guest::launch(&fleet, "n", &["--host", "a"]);
+    let generation = guest.get("/fill?100");
+    guest.get("/count?on");
+    fleet.ok(&["move", "n", "--to", "b"]);
+    assert_eq!(guest.get("/pages"), format!("25600 pages of {generation}, 0 bad"));
+    guest.get("/count?on");
+    fleet.ok(&["checkpoint", "n"]);
+    guest.get("/fill?20");
+    fleet.ok(&["restore", "n", "1"]);
+    guest.sound(&generation);
+}
+
 #[test]
 fn the_timeline_has_pictures_of_the_screen() {
     let fleet = Fleet::start(PROGRAM);
     let folder = fleet.file("with-screen");
-    let made = std::process::Command::new("cp").arg("-r").arg(tiny(PROGRAM, SCRATCH, "1")).arg(&folder).status();
+    let made = std::process::Command::new("cp").arg("-r").arg(tiny("1")).arg(&folder).status();
     assert!(made.unwrap().success());
     let recipe = folder.join("appliance.toml");
     let text = std::fs::read_to_string(&recipe).unwrap();
@@ -379,7 +375,7 @@ fn the_timeline_has_pictures_of_the_screen() {
     assert!(picture.starts_with(b"\x89PNG"), "{} bytes", picture.len());
     // The video memory comes back too.
     fleet.ok(&["restore", "n", "1"]);
-    sound(&guest, &generation);
+    guest.sound(&generation);
 }
 
 #[test]
@@ -394,166 +390,7 @@ fn an_ordinary_user_can_do_it_too() {
     fleet.ok(&["checkpoint", "n"]);
     fleet.ok(&["suspend", "n"]);
     fleet.ok(&["resume", "n"]);
-    sound(&guest, &generation);
+    guest.sound(&generation);
     fleet.ok(&["restore", "n", "1"]);
-    sound(&guest, &generation);
-}
-
-/// What is expected of the guest: the generation of its pages, and a note.
-#[derive(Clone, PartialEq, Debug)]
-struct Expected {
-    generation: String,
-    note: String,
-}
-
-/// Whatever is done to a machine in whatever order, by whom and to whom deaths happen: its memory and its disks are always of
-/// one instant, and of the right one.
-#[test]
-fn any_sequence() {
-    let seeds = std::env::var("SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    let first = std::env::var("SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
-    for seed in first..first + seeds {
-        sequence(seed, if seeds > 1 { 40 } else { 14 });
-    }
-}
-
-fn sequence(seed: u64, steps: u32) {
-    let mut dice = Dice::new(seed);
-    let mut fleet = Fleet::start(PROGRAM);
-    // Through a link, so that it finds a plane that was killed at the same place again.
-    fleet.join_over_link("b");
-    let guest = launch(&fleet, "n");
-    let mut now = Expected { generation: guest.get("/fill?20"), note: "none".into() };
-    guest.put("/notes/now", &now.note);
-    // On the present host, by number.
-    let mut kept: Vec<(u64, Expected)> = Vec::new();
-    for step in 0..steps {
-        guest.get("/count?on");
-        let what = dice.roll(8);
-        eprintln!("seed {seed}, step {step}: {what}");
-        match what {
-            0 | 1 => {
-                now = Expected { generation: guest.get("/fill?20"), note: format!("step {step}") };
-                guest.put("/notes/now", &now.note);
-            }
-            2 | 3 => {
-                let id = fleet.json(&["checkpoint", "n"])["id"].as_u64().unwrap();
-                kept.push((id, now.clone()));
-            }
-            4 => {
-                fleet.ok(&["suspend", "n"]);
-                if dice.roll(2) == 0 {
-                    fleet.kill_up();
-                    fleet.up();
-                }
-                fleet.ok(&["resume", "n"]);
-            }
-            5 if !kept.is_empty() => {
-                let (to, then) = kept[dice.roll(kept.len() as u64) as usize].clone();
-                let back = fleet.json(&["restore", "n", &to.to_string()]);
-                kept.push((back["kept_as_checkpoint"].as_u64().unwrap(), now));
-                now = then;
-            }
-            // What lies between the others becomes one layer.
-            6 if !kept.is_empty() => {
-                let (id, _) = kept.remove(dice.roll(kept.len() as u64) as usize);
-                fleet.ok(&["checkpoint", "n", "--forget", &id.to_string()]);
-            }
-            _ if dice.roll(2) == 0 => {
-                let to = if fleet.info("n")["host"] == "a" { "b" } else { "a" };
-                fleet.ok(&["move", "n", "--to", to]);
-                kept.clear();
-            }
-            _ => {
-                // In the middle of a checkpoint.
-                let mut command = fleet.spawn(&["checkpoint", "n"]);
-                std::thread::park_timeout(Duration::from_millis(dice.roll(200)));
-                fleet.kill_up();
-                let _ = command.wait();
-                fleet.up();
-                fleet.wait_until_settled("n");
-                let listed = fleet.json(&["timeline", "n"]);
-                let new = listed.as_array().unwrap().iter().filter_map(|kept| kept["id"].as_u64());
-                let new: Vec<u64> = new.filter(|id| kept.iter().all(|(known, _)| known != id)).collect();
-                kept.extend(new.into_iter().map(|id| (id, now.clone())));
-            }
-        }
-        sound(&guest, &now.generation);
-        assert_eq!(guest.get("/notes/now"), now.note, "seed {seed}, step {step}");
-    }
-}
-
-#[test]
-fn clones_go_on_beside_each_other() {
-    let fleet = Fleet::start(PROGRAM);
-    let guest = launch(&fleet, "n");
-    let generation = guest.get("/fill?20");
-    guest.put("/notes/shared", "before");
-    guest.get("/count?on");
-    let boots = guest.get("/boots");
-    let one = Guest { port: free_port() };
-    let (ordered, seed) = (now(), lose_the_time(&guest));
-    fleet.ok(&["clone", "n", "--name", "one", "--publish", &format!("{}:80", one.port)]);
-    // It goes on with the other's memory, as somebody else.
-    knows_the_time(&one, ordered, &seed);
-    for (guest, name) in [(&guest, "n"), (&one, "one")] {
-        let id = fleet.info(name)["id"].as_str().unwrap().to_owned();
-        assert_eq!((guest.get("/hostname"), guest.get("/instance/machine-id")), (name.to_owned(), id.clone()));
-        assert_eq!(guest.get("/boots"), boots, "it was not booted");
-    }
-    let id = fleet.info("one")["id"].as_str().unwrap().to_owned();
-    assert_eq!((one.get("/etc/machine-id"), one.get("/etc/hostname")), (id, "one".to_owned()));
-    assert_eq!(one.get("/etc/hosts"), "127.0.0.1 localhost\n127.0.1.1 tiny.test tiny", "that was another name");
-    assert_eq!(one.get("/etc/ssh/ssh_host_ed25519_key"), one.get("/instance/ssh_host_ed25519_key"));
-    assert_ne!(one.get("/instance/ssh_host_ed25519_key.pub"), guest.get("/instance/ssh_host_ed25519_key.pub"));
-    assert_eq!(guest.get("/etc/ssh/ssh_host_ed25519_key"), "every tiny's", "the first one stays who it is");
-    assert_eq!(guest.get("/instance/generation"), seed);
-    assert_eq!(one.request("GET", "/instance/random-seed", "").unwrap().0, 404);
-    sound(&one, &generation);
-    assert_eq!(one.get("/notes/shared"), "before");
-    sound(&guest, &generation);
-    // Each goes its own way.
-    one.put("/notes/own", "of the clone");
-    guest.put("/notes/own", "of the first");
-    let other = one.get("/fill?20");
-    sound(&one, &other);
-    sound(&guest, &generation);
-    let seed = lose_the_time(&one);
-    fleet.ok(&["suspend", "one"]);
-    let ordered = now();
-    fleet.ok(&["resume", "one"]);
-    knows_the_time(&one, ordered, &seed);
-    assert_eq!(one.get("/hostname"), "one");
-    assert_eq!(one.get("/notes/own"), "of the clone");
-    let (a, b) = (fleet.info("n"), fleet.info("one"));
-    assert_ne!(a["id"], b["id"]);
-    // And it has its own identity at its next boot.
-    fleet.ok(&["restart", "one"]);
-    one.answers();
-    assert_eq!(one.get("/hostname"), "one");
-    assert_eq!(one.get("/notes/own"), "of the clone");
-    // The first can go; and several at once, of one that is off.
-    fleet.ok(&["delete", "n", "--data"]);
-    assert_eq!(one.get("/notes/shared"), "before");
-    fleet.ok(&["stop", "one"]);
-    fleet.ok(&["clone", "one", "--count", "2", "--name", "many"]);
-    for name in ["many-1", "many-2"] {
-        fleet.wait(name, "healthy");
-    }
-    // They have the same files, even where nothing else keeps these any more.
-    let kept = fleet.json(&["timeline", "one"]).as_array().unwrap().last().unwrap()["id"].to_string();
-    fleet.ok(&["checkpoint", "one", "--forget", &kept]);
-    fleet.ok(&["start", "one"]);
-    one.answers();
-    one.put("/notes/later", "of one alone");
-    fleet.ok(&["clone", "many-1", "--name", "looked-at", "--publish", &format!("{}:80", guest.port)]);
-    // From its disks, and not from what the guest remembers of them.
-    fleet.ok(&["restart", "looked-at"]);
-    guest.answers();
-    assert_eq!(guest.get("/notes/shared"), "before");
-    assert_eq!(guest.request("GET", "/notes/later", "").unwrap().0, 404);
-    let error = fleet.fails(&["clone", "one", "--name", "many-1"]);
-    assert!(error.contains("taken"), "{error}");
-    let error = fleet.fails(&["clone", "one", "--checkpoint", "99"]);
-    assert!(error.contains("no checkpoint 99"), "{error}");
+    guest.sound(&generation);
 }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use collective_testkit::{Fleet, Guest, eventually, free_port, tiny};
+use collective_testkit::{Fleet, Guest, eventually, free_port};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
-const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+use crate::{PROGRAM, tiny};
+
 const LONG: Duration = Duration::from_secs(120);
 
 fn launch(fleet: &Fleet, name: &str, more: &[&str]) -> Guest {
@@ -31,7 +31,7 @@ fn is_called(guest: &Guest, name: &str) {
 #[test]
 fn a_new_instance_goes_on_with_the_machine_of_its_version() {
     let mut fleet = Fleet::start(PROGRAM);
-    let folder = tiny(PROGRAM, SCRATCH, "1");
+    let folder = tiny("1");
     let folder = folder.to_string_lossy();
     let published = fleet.json(&["publish", &folder, "--warm"]);
     assert!(published["stored_bytes"].as_u64().unwrap() > 0, "{published}");
@@ -78,7 +78,7 @@ fn a_new_instance_goes_on_with_the_machine_of_its_version() {
     fleet.wait("a", "healthy");
     assert_eq!(a.get("/boots"), "2");
     assert_eq!(a.get("/notes/x").trim(), "mine");
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "2").to_string_lossy()]);
+    fleet.ok(&["publish", &tiny("2").to_string_lossy()]);
     fleet.ok(&["update", "a"]);
     assert_eq!(a.get("/version"), "2");
     assert_eq!(a.get("/notes/x").trim(), "mine");
@@ -102,7 +102,7 @@ fn shared_bytes(fleet: &Fleet, name: &str) -> u64 {
 #[test]
 fn instances_of_one_machine_share_its_pages() {
     let fleet = Fleet::start(PROGRAM);
-    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy(), "--warm"]);
+    fleet.ok(&["publish", &tiny("1").to_string_lossy(), "--warm"]);
     launch(&fleet, "first", &[]);
     eventually("the version's memory is a file", LONG, || {
         let folder = fleet.host_data("a").join("warm");
@@ -143,7 +143,7 @@ fn instances_of_one_machine_share_its_pages() {
 #[test]
 fn what_the_machine_does_not_suit_is_booted() {
     let fleet = Fleet::start(PROGRAM);
-    let folder = tiny(PROGRAM, SCRATCH, "1");
+    let folder = tiny("1");
     let folder = folder.to_string_lossy();
     fleet.ok(&["publish", &folder, "--as", "cold"]);
     let error = fleet.fails(&["publish", &folder, "--as", "cold", "--warm"]);

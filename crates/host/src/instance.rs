@@ -1,5 +1,6 @@
 //! One instance: the task that alone changes its record, starts and stops its runner, and carries out its orders.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,6 +51,8 @@ pub(crate) struct Instance {
     pub run_dir: PathBuf,
     pub status: Option<RunStatus>,
     inbox: mpsc::Receiver<Command>,
+    /// What came while something else was done.
+    waiting: VecDeque<Command>,
     crashes: u32,
     pub started: Instant,
     retry_at: Option<Instant>,
@@ -89,6 +92,7 @@ impl Instance {
             run_dir,
             status: None,
             inbox,
+            waiting: VecDeque::new(),
             crashes: 0,
             started: Instant::now(),
             retry_at: None,
@@ -107,12 +111,15 @@ impl Instance {
         self.wake_up().await;
         while !self.gone {
             self.publish();
-            let command = tokio::select! {
-                command = self.inbox.recv() => match command {
-                    Some(command) => Some(command),
-                    None => return,
+            let command = match self.waiting.pop_front() {
+                Some(command) => Some(command),
+                None => tokio::select! {
+                    command = self.inbox.recv() => match command {
+                        Some(command) => Some(command),
+                        None => return,
+                    },
+                    () = sleep(POLL) => None,
                 },
-                () = sleep(POLL) => None,
             };
             self.observe().await;
             match command {
@@ -131,6 +138,21 @@ impl Instance {
                 self.merge_on().await;
             }
         }
+    }
+
+    /// Whether somebody wants what is being resumed to be suspended, off or gone: that is done next.
+    pub(crate) fn is_unwanted(&mut self) -> bool {
+        while let Ok(command) = self.inbox.try_recv() {
+            self.waiting.push_back(command);
+        }
+        let record = &self.record;
+        self.waiting.iter().any(|command| match command {
+            Command::Spec(spec) => {
+                !spec.on && spec.power_serial > record.power_serial && spec.generation >= record.spec.generation
+            }
+            Command::Operate(order) => matches!(order.kind, OperationKind::Suspend | OperationKind::Delete { .. }),
+            Command::Moved(_) | Command::SendDisk { .. } => false,
+        })
     }
 
     /// After a start of the daemon: adopt the runner, or find out what its death left.

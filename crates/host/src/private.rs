@@ -9,7 +9,7 @@
 
 use std::path::Path;
 
-use collective_api::{Backup, PrivateGrant};
+use collective_api::{Backup, ClientError, PrivateGrant};
 use collective_keys::OwnerKey;
 use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RunPack};
 use collective_model::{BackupId, DiskRole, Name, OperationId, OperationState, State, Timestamp, Trigger};
@@ -147,8 +147,11 @@ impl Instance {
 
     /// The owner's key, for this operation only. It stays in memory.
     pub(crate) async fn grant(&self, id: &OperationId) -> Result<PrivateGrant, String> {
-        let asked = self.context.client.post(&format!("/v1/hosts/self/operations/{id}/private"), &()).await;
-        asked.map_err(|e| format!("the plane gives no key for its data: {e}"))
+        self.ask_grant(id).await.map_err(|e| format!("the plane gives no key for its data: {e}"))
+    }
+
+    pub(crate) async fn ask_grant(&self, id: &OperationId) -> Result<PrivateGrant, ClientError> {
+        self.context.client.post(&format!("/v1/hosts/self/operations/{id}/private"), &()).await
     }
 
     /// A new layer for each disk of a backup. Each has to be there already, as a data disk of this instance.

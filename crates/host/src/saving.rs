@@ -263,9 +263,11 @@ impl Instance {
             return Err(format!("it cannot go on: {why}. It is suspended still; {WAY_OUT}"));
         }
         let begun = Instant::now();
-        while self.record.state == State::Resuming && begun.elapsed() < RESUME_LIMIT {
+        let mut unwanted = false;
+        while self.record.state == State::Resuming && begun.elapsed() < RESUME_LIMIT && !unwanted {
             sleep(ASK_EVERY).await;
             self.observe().await;
+            unwanted = self.is_unwanted();
         }
         self.publish();
         match self.record.state {
@@ -274,6 +276,9 @@ impl Instance {
                 self.clear_leftovers().await;
                 self.status = None;
                 self.set_state(State::Suspended);
+                if unwanted {
+                    return Err("it was told otherwise before it ran, and is suspended still".into());
+                }
                 return Err("its machine did not run in time; it is suspended still".into());
             }
             _ => {
@@ -313,6 +318,8 @@ impl Instance {
             self.record.memory = suspended.machine.memory;
             self.record.memory_image = suspended.machine.image;
         }
+        // From here on it is more than the store has.
+        self.record.stored = None;
         self.trigger(Trigger::Up);
         self.event("resumed", "it goes on where it was".into());
     }

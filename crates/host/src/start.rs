@@ -35,11 +35,11 @@ impl Instance {
         let key_for_rest = self.arrival_key().await?;
         self.clear_arrived();
         let resume = self.record.state == State::Resuming;
-        // From here on it is more than the store has.
-        self.record.stored = None;
         if resume {
             self.record.prepare_resume();
         } else {
+            // From here on it is more than the store has.
+            self.record.stored = None;
             self.record.forget_memory();
             self.record.forget_warm(&manifest);
             let (folder, arriving) = (self.folder.clone(), self.record.arriving.clone());

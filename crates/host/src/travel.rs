@@ -9,18 +9,23 @@
 //! Between the two the plane makes another host the owner (`plane/src/movement.rs`). What does not run stays so until its
 //! owner is told; so the old host needs not be asked again, and what it has left goes when the new one has it.
 
+use std::time::Duration;
+
 use collective_api::{Backup, BackupDisk, PrivateGrant, Whole, WholeDisk, WholeFile, WholeMachine};
 use collective_model::run::Arriving;
 use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RestoreFile, StoredDisk, WholeOrder};
 use collective_model::{BackupId, ByteSize, CheckpointMachine, Generation, OperationId, State, Timestamp, Trigger};
 use collective_store::PackInfo;
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
 use crate::arriving::ARRIVING;
 use crate::instance::Instance;
 use crate::private::{HASHES, run_pack};
 use crate::record::{DiskRecord, MachineRecord, SuspendedRecord, layer_path, state_path};
 
+/// A plane that is away is asked again after this time.
+const AWAY_PAUSE: Duration = Duration::from_secs(1);
 /// The rest of the machine, by its name among the files.
 const STATE: &str = "state";
 /// The instance's SSH host key.
@@ -131,11 +136,16 @@ impl Instance {
             if !matches!(self.record.state, State::Stopped | State::Suspended | State::Failed) {
                 return Err(format!("it is {} here", self.record.state));
             }
+            self.plane_was_away(id).await;
             let PrivateGrant { key, backup } = self.grant(id).await?;
             let backup = backup.filter(|backup| backup.id == *wanted).ok_or("the plane gave another one")?;
             self.set_state(State::Stopped);
             self.trigger(Trigger::Move);
-            let received = self.fetch_whole(id, &key, &backup, cold).await;
+            let mut received = self.fetch_whole(id, &key, &backup, cold).await;
+            // What the plane wants is the same when it is back, and until then nobody could order anything else.
+            while received.is_err() && self.plane_was_away(id).await {
+                received = self.fetch_whole(id, &key, &backup, cold).await;
+            }
             if let Err(why) = received {
                 self.set_state(State::Stopped);
                 return Err(format!("{why}. It is in the store; move it again when that is mended"));
@@ -145,6 +155,18 @@ impl Instance {
             State::Suspended => self.go_on().await,
             _ => Ok(json!({ "state": self.record.state })),
         }
+    }
+
+    /// Whether the plane, which has the key for this operation, is away; then waits until it is back.
+    async fn plane_was_away(&self, id: &OperationId) -> bool {
+        let mut was_away = false;
+        while let Err(error) = self.ask_grant(id).await
+            && error.is_away()
+        {
+            was_away = true;
+            sleep(AWAY_PAUSE).await;
+        }
+        was_away
     }
 
     async fn fetch_whole(

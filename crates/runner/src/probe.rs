@@ -1,4 +1,4 @@
-//! Health, as seen from outside: one HTTP request at a time.
+//! Health, as seen from outside: one HTTP request at a time, and until the first answer two.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,6 +16,8 @@ const SHOWN: usize = 400;
 const FIRST: Duration = Duration::from_millis(500);
 /// A machine that is still arriving is given at least so much time for an answer.
 const WHILE_IT_ARRIVES: Span = Span(Duration::from_secs(300));
+/// Until it answers, one of two requests is given up after this time and made anew.
+const EAGER: Duration = Duration::from_secs(1);
 /// A healthy instance is unhealthy after this many failed probes in a row.
 const PATIENCE: u32 = 3;
 
@@ -25,9 +27,13 @@ pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAdd
     let (mut answered, mut failures) = (false, 0);
     shared.status().health = HealthState::Waiting;
     loop {
-        let timeout = if arrives(&shared) { check.timeout.max(WHILE_IT_ARRIVES) } else { check.timeout };
-        let result = tokio::time::timeout(timeout.0, probe(at, &check.http)).await;
-        let result = result.unwrap_or_else(|_| Err(format!("no answer within {timeout}")));
+        // One that went on hears what it is sent from the beginning.
+        let result = if answered || shared.config.resume.is_some() {
+            let timeout = if arrives(&shared) { check.timeout.max(WHILE_IT_ARRIVES) } else { check.timeout };
+            patient(&check, timeout, at).await
+        } else {
+            first(&check, at).await
+        };
         {
             let mut status = shared.status();
             match result {
@@ -56,6 +62,25 @@ pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAdd
 /// Whether the machine waits for parts of itself. A request that is given up and made anew would have it touch yet more of these.
 fn arrives(shared: &Shared) -> bool {
     shared.status().arrival.is_some_and(|arrival| !arrival.complete)
+}
+
+async fn patient(check: &HealthCheck, timeout: Span, at: SocketAddr) -> Result<(), String> {
+    let result = tokio::time::timeout(timeout.0, probe(at, &check.http)).await;
+    result.unwrap_or_else(|_| Err(format!("no answer within {timeout}")))
+}
+
+/// What is sent to a guest that boots is lost, and QEMU sends it again many seconds later. So there are always two requests: one
+/// may take its time, and one comes soon after the guest can hear it.
+async fn first(check: &HealthCheck, at: SocketAddr) -> Result<(), String> {
+    let eager = async {
+        while !matches!(tokio::time::timeout(EAGER, probe(at, &check.http)).await, Ok(Ok(()))) {
+            tokio::time::sleep(FIRST / 5).await;
+        }
+    };
+    tokio::select! {
+        result = patient(check, check.timeout, at) => result,
+        () = eager => Ok(()),
+    }
 }
 
 async fn probe(at: SocketAddr, probe: &HttpProbe) -> Result<(), String> {
@@ -89,6 +114,7 @@ async fn request(at: SocketAddr, path: &str) -> std::io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use collective_model::Span;
     use tokio::net::TcpListener;
 
     async fn answered_with(answer: &'static str) -> Result<(), String> {
@@ -101,6 +127,22 @@ mod tests {
             let _ = stream.write_all(answer.as_bytes()).await;
         });
         probe(at, &HttpProbe { port: 80, path: "/health".into(), status: 200 }).await
+    }
+
+    /// The first connection is one that the guest never hears of.
+    #[tokio::test]
+    async fn a_guest_that_missed_the_first_request_is_asked_again() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let _deaf = [listener.accept().await.unwrap(), listener.accept().await.unwrap()];
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
+        });
+        let http = HttpProbe { port: 80, path: "/health".into(), status: 200 };
+        let long = Span(Duration::from_secs(60));
+        let check = HealthCheck { http, interval: long, timeout: long, limit: long };
+        assert_eq!(first(&check, at).await, Ok(()));
     }
 
     #[tokio::test]

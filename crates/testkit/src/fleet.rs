@@ -15,14 +15,14 @@ use serde_json::Value;
 use crate::{Link, Seaweed, Talk, eventually};
 
 /// Everything but a boot is there within this time.
-const SOON: Duration = Duration::from_secs(30);
+pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 /// A plane with a host in one process (`up`), and hosts that joined it.
 pub struct Fleet {
-    dir: tempfile::TempDir,
+    pub(crate) dir: tempfile::TempDir,
     program: PathBuf,
-    up: Option<Child>,
-    hosts: Vec<(String, Child)>,
+    pub(crate) up: Option<Child>,
+    pub(crate) hosts: Vec<(String, Child)>,
     link: Option<Link>,
     nobody: bool,
     /// The port of the S3 server where packs are kept.
@@ -69,61 +69,6 @@ impl Fleet {
     /// root.
     pub fn start_on_small_disk(program: impl AsRef<Path>, bytes: u64) -> Self {
         Self::new(program, false, Some(bytes), None)
-    }
-
-    /// Mounts a file system of this many bytes at a folder of the fleet, such as a host's before it joins.
-    pub fn small_disk(&self, folder: &str, bytes: u64) {
-        std::fs::create_dir(self.file(folder)).expect("a folder");
-        let options = std::ffi::CString::new(format!("size={bytes},mode=711")).expect("no zero byte");
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount("tmpfs", self.file(folder), "tmpfs", flags, options.as_c_str()).expect("a small disk");
-    }
-
-    /// Mounts an ext4 of this many bytes, kept in a file, at a folder of the fleet, such as a host's before it joins: a
-    /// disk for [`cut_power`](Self::cut_power).
-    pub fn real_disk(&self, folder: &str, bytes: u64) {
-        std::fs::create_dir(self.file(folder)).expect("a folder");
-        let image = self.disk_image(folder);
-        File::create(&image).and_then(|file| file.set_len(bytes)).expect("a file for the disk");
-        run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&image));
-        self.mount_disk(folder);
-    }
-
-    fn disk_image(&self, folder: &str) -> PathBuf {
-        self.file(&format!("{folder}.disk"))
-    }
-
-    fn mount_disk(&self, folder: &str) {
-        // The journal is not committed just because time passes: what is not synced is lost.
-        let mut mount = Command::new("mount");
-        run(mount.args(["-o", "loop,commit=300"]).arg(self.disk_image(folder)).arg(self.file(folder)));
-        std::fs::set_permissions(self.file(folder), std::fs::Permissions::from_mode(0o711)).expect("its mode");
-    }
-
-    /// The machine of a host that joined on a [`real_disk`](Self::real_disk) loses power: all its processes die, and
-    /// what none of them synced is gone. The host has to be run again.
-    pub fn cut_power(&mut self, host: &str) {
-        self.kill_host(host);
-        self.end_processes(&format!("{}/", self.file(host).display()));
-        // The file has what reached the disk; the rest is in the kernel's cache of the mounted file system.
-        let (image, copy) = (self.disk_image(host), self.file("copy.disk"));
-        run(Command::new("cp").arg("--sparse=always").args([&image, &copy]));
-        run(Command::new("umount").args(["-R", "-l"]).arg(self.file(host)));
-        std::fs::rename(copy, image).expect("the disk as it was");
-        self.mount_disk(host);
-    }
-
-    /// Makes a small file system larger or smaller.
-    pub fn resize_disk(&self, folder: &str, bytes: u64) {
-        let options = std::ffi::CString::new(format!("size={bytes}")).expect("no zero byte");
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount_remount(self.file(folder), flags, options.as_c_str()).expect("the file system is resized");
-    }
-
-    /// Bytes in use on a small file system.
-    pub fn used_space(&self, folder: &str) -> u64 {
-        let found = rustix::fs::statvfs(self.file(folder)).expect("the file system is there");
-        (found.f_blocks - found.f_bfree) * found.f_frsize
     }
 
     fn new(program: impl AsRef<Path>, nobody: bool, disk: Option<u64>, bucket: Option<u16>) -> Self {
@@ -295,6 +240,12 @@ impl Fleet {
         self.json(&["info", name])
     }
 
+    /// Publishes what was built in this folder.
+    #[track_caller]
+    pub fn publish(&self, folder: &Path) -> Value {
+        self.json(&["publish", &folder.to_string_lossy()])
+    }
+
     /// Waits for a state or `healthy`.
     #[track_caller]
     pub fn wait(&self, name: &str, state: &str) {
@@ -324,13 +275,20 @@ impl Fleet {
         })
     }
 
-    fn run_dir(&self, info: &Value) -> Option<PathBuf> {
+    pub(crate) fn run_dir(&self, info: &Value) -> Option<PathBuf> {
         Some(self.host_data(info["host"].as_str()?).join("run").join(info["id"].as_str()?.get(..16)?))
     }
 
     /// The folder of a host.
     pub fn host_data(&self, host: &str) -> PathBuf {
         if host == "a" { self.file("a/host") } else { self.file(host) }
+    }
+
+    /// Where its host keeps what it knows of an instance; it is replaced whole, so it can be read at any time.
+    pub fn record_path(&self, name: &str) -> PathBuf {
+        let info = self.info(name);
+        let instances = self.host_data(info["host"].as_str().expect("a host")).join("instances");
+        instances.join(info["id"].as_str().expect("an id")).join("instance.json")
     }
 
     /// What the runner of an instance says of it, asked on its own socket.
@@ -342,78 +300,6 @@ impl Fleet {
         BufReader::new(stream).read_line(&mut line).expect("the runner answers");
         serde_json::from_str(&line).expect("an answer")
     }
-
-    /// The runner of an instance.
-    pub fn runner_pid(&self, name: &str) -> i32 {
-        let dir = self.run_dir(&self.info(name)).expect("a run directory");
-        let mark = dir.to_string_lossy().into_owned();
-        let found = processes().into_iter().find(|(_, line)| line.contains("runner") && line.contains(&mark));
-        found.map(|(pid, _)| pid).unwrap_or_else(|| panic!("{name} has no runner"))
-    }
-
-    /// QEMU of an instance.
-    pub fn qemu_pid(&self, name: &str) -> i32 {
-        let id = self.info(name)["id"].as_str().expect("an id").to_owned();
-        let uuid = format!("{}-{}-{}-{}-{}", &id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]);
-        let found = processes().into_iter().find(|(_, line)| line.contains("qemu-system") && line.contains(&uuid));
-        found.map(|(pid, _)| pid).unwrap_or_else(|| panic!("{name} has no QEMU"))
-    }
-
-    /// `kill -9` of the process with plane and host `a`.
-    pub fn kill_up(&mut self) {
-        let mut child = self.up.take().expect("it is up");
-        child.kill().expect("it can be killed");
-        child.wait().expect("it ends");
-    }
-
-    /// `kill -9` of a host daemon.
-    pub fn kill_host(&mut self, name: &str) {
-        let index = self.hosts.iter().position(|(host, _)| host == name).expect("a host");
-        let (_, mut child) = self.hosts.remove(index);
-        child.kill().expect("it can be killed");
-        child.wait().expect("it ends");
-    }
-
-    /// A power cut to every machine of the fleet, as far as processes go: daemons, runners and QEMU die at once.
-    pub fn kill_everything(&mut self) {
-        for mut child in self.up.take().into_iter().chain(self.hosts.drain(..).map(|(_, child)| child)) {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-        self.end_processes(&self.dir.path().to_string_lossy());
-    }
-
-    fn end_processes(&self, mark: &str) {
-        eventually("all processes of the fleet end", SOON, || {
-            let left: Vec<i32> = processes().into_iter().filter(|(_, line)| line.contains(mark)).map(|p| p.0).collect();
-            left.iter().for_each(|pid| kill(*pid));
-            left.is_empty().then_some(())
-        });
-    }
-}
-
-#[track_caller]
-fn run(command: &mut Command) {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// `kill -9`.
-pub(crate) fn kill(pid: i32) {
-    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-    }
-}
-
-/// All processes with their arguments.
-fn processes() -> Vec<(i32, String)> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let process = |entry: std::fs::DirEntry| {
-        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
-        Some((pid, String::from_utf8_lossy(&line).replace('\0', " ")))
-    };
-    entries.filter_map(process).filter(|(pid, _)| *pid != std::process::id() as i32).collect()
 }
 
 impl Drop for Fleet {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::eventually;
+use crate::{Fleet, eventually, free_port};
 
 /// The folder of a built version of `tests/guests/tiny`, ready for `collective publish`. `scratch` is a folder that
 /// stays between test runs, such as cargo's own for tests.
@@ -76,10 +76,44 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// Launches an instance of `test/tiny`, which is published, with these arguments besides, and waits until it is healthy.
+    #[track_caller]
+    pub fn launch(fleet: &Fleet, name: &str, arguments: &[&str]) -> Self {
+        let guest = Self { port: free_port() };
+        let publish = format!("{}:80", guest.port);
+        let launch = ["launch", "test/tiny:1", "--name", name, "--publish", &publish];
+        fleet.ok(&[&launch, arguments].concat());
+        fleet.wait(name, "healthy");
+        guest
+    }
+
+    /// Its memory has what `/fill` put there as this generation, and its disk has what memory says. The writer (`/count?on`)
+    /// stands still then; gives how often it wrote.
+    #[track_caller]
+    pub fn sound(&self, generation: &str) -> u64 {
+        let pages = self.get("/pages");
+        assert!(pages.ends_with(&format!(" pages of {generation}, 0 bad")), "generation {generation}, and {pages}");
+        self.get("/count?off");
+        let ring = self.get("/ring");
+        let count = ring.strip_suffix(", 0 bad").and_then(|count| count.parse().ok());
+        count.unwrap_or_else(|| panic!("disk and memory are of two instants: {ring}"))
+    }
+
     /// One request; `None` if nobody answers.
     pub fn request(&self, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
+        self.request_within(Duration::from_secs(20), method, path, body)
+    }
+
+    /// GET of a guest that may be booting. What is sent to it then is lost, and QEMU sends it again much later; so it is not
+    /// waited for long, and asked again. `None` unless it is answered 200.
+    pub fn ask(&self, path: &str) -> Option<String> {
+        let answer = self.request_within(Duration::from_secs(2), "GET", path, "");
+        answer.filter(|(status, _)| *status == 200).map(|(_, body)| body.trim_end().to_owned())
+    }
+
+    fn request_within(&self, limit: Duration, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
+        stream.set_read_timeout(Some(limit)).ok()?;
         let length = body.len();
         let head =
             format!("{method} {path} HTTP/1.1\r\nHost: guest\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
@@ -111,8 +145,7 @@ impl Guest {
     /// Waits until it answers.
     #[track_caller]
     pub fn answers(&self) {
-        let answered = || self.request("GET", "/health", "").filter(|(status, _)| *status == 200);
-        eventually("the guest answers", Duration::from_secs(120), answered);
+        eventually("the guest answers", Duration::from_secs(120), || self.ask("/health"));
     }
 
     /// Whether nobody answers on its port.

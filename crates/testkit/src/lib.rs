@@ -4,7 +4,9 @@
 
 #![forbid(unsafe_code)]
 
+mod deaths;
 mod dice;
+mod disks;
 mod faults;
 mod fleet;
 mod guest;
@@ -14,6 +16,7 @@ mod power;
 mod seaweed;
 mod talk;
 
+pub use deaths::kill;
 pub use dice::Dice;
 pub use faults::{Fault, FaultyProxy, Weather};
 pub use fleet::{Fleet, Outcome, free_port};

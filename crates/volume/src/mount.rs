@@ -38,6 +38,13 @@ pub struct File {
     pub waits: Option<Arc<Notify>>,
 }
 
+impl File {
+    /// One that is read and written through this process.
+    pub fn new(name: impl Into<String>, disk: Arc<Disk>) -> Self {
+        Self { name: name.into(), disk, backing: None, waits: None }
+    }
+}
+
 /// Why disks cannot be shown.
 #[derive(Debug, thiserror::Error)]
 #[error(

@@ -55,8 +55,8 @@ pub struct Resume {
 
 impl Resume {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
-        let elsewhere = super::instance(client, &self.name).await?;
-        let result = match self.host.filter(|host| *host != elsewhere.host) {
+        let view = super::instance(client, &self.name).await?;
+        let result = match self.host.filter(|host| *host != view.host || never_came(&view)) {
             Some(host) => {
                 let result = hand_over(ui, client, &self.name, host, self.cold).await?;
                 if self.cold {
@@ -72,6 +72,12 @@ impl Resume {
         });
         Ok(())
     }
+}
+
+/// Whether it could not be brought to the host that owns it, so that all of it is in the store, and nowhere else.
+fn never_came(view: &InstanceView) -> bool {
+    let seen = view.observed.as_ref().filter(|seen| seen.generation == view.spec.generation);
+    view.operations.is_empty() && seen.is_some_and(|seen| seen.arrived != view.spec.arrival)
 }
 
 async fn hand_over(ui: &Ui, client: &Client, name: &Name, host: Name, cold: bool) -> Result<Value> {
@@ -105,7 +111,7 @@ impl Move {
         let view = super::instance(client, &self.name).await?;
         let state = view.observed.as_ref().map(|seen| seen.state).ok_or_else(|| anyhow!("it was never seen"))?;
         let verdict = check(client, &view, &self.to).await?;
-        if view.host == self.to {
+        if view.host == self.to && !never_came(&view) {
             bail!("{} is on host \"{}\" already", self.name, self.to);
         }
         if self.dry_run {
@@ -134,6 +140,7 @@ impl Move {
             );
         }
         match state {
+            _ if never_came(&view) => {}
             State::Running | State::Paused if !self.cold => {
                 let result = operate(ui, client, &self.name, &OperationRequest::Suspend).await?;
                 if let Some(why) = result["not_stored"].as_str() {

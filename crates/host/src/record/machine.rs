@@ -64,13 +64,19 @@ impl Record {
         if self.arrived != self.spec.arrival {
             return self.spec.arrival.as_ref();
         }
-        let same = |stored: &&StoredRecord| stored.disks == self.disks && stored.epoch.as_ref() == self.epoch();
+        let same =
+            |stored: &&StoredRecord| stored.disks == self.disks_at_rest() && stored.epoch.as_ref() == self.epoch();
         self.stored.as_ref().filter(same).map(|stored| &stored.backup)
     }
 
     /// What it is now is in the store.
     pub fn note_stored(&mut self, backup: BackupId) {
-        self.stored = Some(StoredRecord { backup, disks: self.disks.clone(), epoch: self.epoch().cloned() });
+        self.stored = Some(StoredRecord { backup, disks: self.disks_at_rest().to_vec(), epoch: self.epoch().cloned() });
+    }
+
+    /// Of a machine that is suspended those that it has, whatever was prepared for it to go on with.
+    fn disks_at_rest(&self) -> &[DiskRecord] {
+        self.suspended.as_ref().map_or(&self.disks, |suspended| &suspended.disks)
     }
 
     fn epoch(&self) -> Option<&String> {

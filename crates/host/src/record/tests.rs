@@ -81,6 +81,14 @@ fn an_update_and_back_with_and_without_data() {
     assert!(record.held_layers().contains(&5), "the failed side is kept");
 }
 
+fn suspended(record: &Record) -> SuspendedRecord {
+    let machine = serde_json::json!({
+        "memory": [7], "digest": Digest::of(b""), "epoch": "then", "memory_mib": 1, "cpus": 1,
+        "info": { "bytes": 0, "platform": { "qemu": "", "accelerator": "", "cpu": "" } }
+    });
+    SuspendedRecord { machine: serde_json::from_value(machine).unwrap(), disks: record.disks.clone() }
+}
+
 #[test]
 fn what_is_in_the_store_is_what_it_is_now_or_nothing() {
     let mut record = record();
@@ -97,6 +105,11 @@ fn what_is_in_the_store_is_what_it_is_now_or_nothing() {
     assert_eq!(restored.in_store(), None);
     restored.restore(&target, true);
     assert_eq!(restored.in_store(), Some(&backup), "it is what was stored again");
+    let mut resumed = before.clone();
+    resumed.suspended = Some(suspended(&resumed));
+    resumed.note_stored(backup.clone());
+    resumed.prepare_resume();
+    assert_eq!(resumed.in_store(), Some(&backup), "it has not gone on yet");
     let mut moved = before;
     let arrival: BackupId = "8".repeat(32).parse().unwrap();
     moved.spec.arrival = Some(arrival.clone());
