@@ -35,6 +35,11 @@ pub(crate) enum Command {
     Operate(Operation),
     /// Another host has it since this ownership.
     Moved(Generation),
+    /// Take the machine that comes through a tunnel while it runs elsewhere.
+    Visit {
+        operation: OperationId,
+        tunnel: Dial,
+    },
     /// Send a disk through a tunnel that opens once the sender is at work.
     SendDisk {
         disk: Name,
@@ -55,7 +60,9 @@ pub(crate) struct Instance {
     retry_at: Option<Instant>,
     pub merging: Merging,
     pub clock: Clock,
-    gone: bool,
+    /// A machine is about to come for it.
+    pub expects: bool,
+    pub gone: bool,
 }
 
 /// Where the record of an instance is.
@@ -93,6 +100,7 @@ impl Instance {
             retry_at: None,
             merging: Merging::default(),
             clock: Clock::default(),
+            expects: false,
             gone: false,
         };
         instance.save()?;
@@ -117,23 +125,34 @@ impl Instance {
                 Some(Command::Spec(spec)) => self.take_spec(*spec).await,
                 Some(Command::Operate(operation)) => self.operate(operation).await,
                 Some(Command::Moved(generation)) => self.moved_away(generation).await,
+                Some(Command::Visit { operation, tunnel }) => self.visit(operation, tunnel).await,
                 Some(Command::SendDisk { disk, tunnel }) => self.send_disk(&disk, tunnel).await,
                 None => {}
+            }
+            if self.gone {
+                return;
             }
             self.restart_if_due().await;
             if let Err(why) = self.let_users_in().await {
                 tracing::warn!(why, "the ports of a machine that went on stay closed for now");
             }
-            if !self.gone {
-                self.checkpoint_if_due().await;
-                self.merge_on().await;
-            }
+            self.checkpoint_if_due().await;
+            self.merge_on().await;
         }
     }
 
     /// After a start of the daemon: adopt the runner, or find out what its death left.
     async fn wake_up(&mut self) {
         self.observe().await;
+        if self.record.leaving.is_some() {
+            self.finish_leaving().await;
+        }
+        if self.record.visiting.is_some() && !self.expects {
+            self.finish_visit().await;
+        }
+        if self.gone {
+            return;
+        }
         if self.record.save.is_some() {
             self.finish_save().await;
         }
@@ -228,11 +247,16 @@ impl Instance {
             OperationKind::Suspend => self.suspend(&id).await,
             OperationKind::Push => self.push(&id).await,
             OperationKind::Resume => self.go_on().await,
+            OperationKind::Live { only_measure, .. } => self.leave(&id, only_measure).await,
             OperationKind::Checkpoint { why } => self.keep_present(&id, why).await,
             OperationKind::GoBack { to, disks_only, keep } => self.go_back(&id, to, disks_only, &keep).await,
             OperationKind::Screen { checkpoint } => self.screen(checkpoint),
             OperationKind::Forget { checkpoint } => self.forget(checkpoint),
         };
+        if self.gone && self.record.leaving.is_some() {
+            // Whoever has it tells how it went.
+            return;
+        }
         let state = match result {
             Ok(result) => OperationState::Done { result },
             Err(error) => OperationState::Failed { error },

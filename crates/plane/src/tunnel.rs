@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use collective_api::{TunnelAnswer, TunnelOrder, TunnelTarget};
-use collective_model::{Name, TunnelId};
+use collective_model::{InstanceId, Name, TunnelId};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::sync::oneshot;
@@ -58,15 +58,28 @@ impl Tunnels {
 impl Plane {
     /// Waits for the host of an instance to open a tunnel.
     pub(crate) async fn open_tunnel(&self, name: &Name, target: TunnelTarget) -> Answer<OnUpgrade> {
+        if matches!(target, TunnelTarget::Arrival { .. }) {
+            return Err(Failure::forbidden("this is between hosts"));
+        }
         let row = self.row(name).await?;
-        let host = row.host.clone();
+        self.open_tunnel_to(row.host, name, row.spec.id, target).await
+    }
+
+    /// The same to any host.
+    pub(crate) async fn open_tunnel_to(
+        &self,
+        host: Name,
+        name: &Name,
+        instance: InstanceId,
+        target: TunnelTarget,
+    ) -> Answer<OnUpgrade> {
         let hosts = self.database().hosts().await?;
         if !hosts.iter().any(|known| known.name == host && is_reachable(known.seen)) {
             let message = format!("host \"{host}\" of {name} does not answer; try again when it is back");
             return Err(Failure::unavailable(message));
         }
         let id = TunnelId::from_random(random_id()?);
-        let order = TunnelOrder { id: id.clone(), instance: row.spec.id, target };
+        let order = TunnelOrder { id: id.clone(), instance, target };
         let (answer, answered) = oneshot::channel();
         let _listed = {
             let mut waiting = self.inner.tunnels.lock();

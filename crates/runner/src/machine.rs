@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd, SaveStatus, Saved};
+use collective_model::run::{EndKind, Leave, Phase, Platform, RunConfig, RunDisk, RunEnd, SaveStatus, Saved};
 use collective_model::{Firmware, Timestamp};
 use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
@@ -20,7 +20,7 @@ use crate::gate::Gate;
 use crate::platform;
 use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
-use crate::{Layout, MEMORY, Ways, ahead, private, probe, serve};
+use crate::{Layout, MEMORY, Ways, ahead, leave, private, probe, receive, serve};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
@@ -33,20 +33,20 @@ const OVMF_CODE: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVM
 
 /// Runs the machine to its end.
 pub(crate) async fn run(layout: &Layout, config: RunConfig, ways: &Ways<'_>) -> RunEnd {
-    let (orders, inbox) = mpsc::channel(8);
-    match start(layout, config, ways, orders).await {
+    let (orders, mut inbox) = mpsc::channel(8);
+    match start(layout, config, ways, orders, &mut inbox).await {
         Ok(running) => running.see_to_its_end(inbox).await,
         Err(error) => RunEnd::now(EndKind::NotStarted, error.to_string()),
     }
 }
 
-struct Running {
-    shared: Arc<Shared>,
-    vm: vmm::Vm,
-    events: vmm::EventReceiver,
-    saver: Saver,
-    mount: Mount,
-    layout: Layout,
+pub(crate) struct Running {
+    pub shared: Arc<Shared>,
+    pub vm: vmm::Vm,
+    pub events: vmm::EventReceiver,
+    pub saver: Saver,
+    pub mount: Mount,
+    pub layout: Layout,
 }
 
 async fn start(
@@ -54,6 +54,7 @@ async fn start(
     config: RunConfig,
     ways: &Ways<'_>,
     orders: mpsc::Sender<Order>,
+    inbox: &mut mpsc::Receiver<Order>,
 ) -> Result<Running, NotStarted> {
     let source = (ways.open_source)(&config).map_err(NotStarted::step("cannot open the store"))?;
     let cache = Cache::open(&config.cache).map_err(NotStarted::step("cannot open the host's cache"))?;
@@ -74,6 +75,9 @@ async fn start(
 
     let disks = open_disks(&shared).await?;
     *shared.disks() = disks.clone();
+    if let Some(receiving) = shared.config.receiving.clone() {
+        return receive::receive(layout, shared, &receiving, inbox).await;
+    }
     let memory = open_memory(&shared)?;
     shared.memory().clone_from(&memory);
     let mount = mount(layout, &shared.config, &disks, memory.clone())?;
@@ -144,7 +148,7 @@ async fn load_image(shared: &Shared, disk: &RunDisk) -> Result<Option<Arc<ImageM
     }
 }
 
-fn mount(
+pub(crate) fn mount(
     layout: &Layout,
     config: &RunConfig,
     disks: &[Arc<Disk>],
@@ -166,6 +170,43 @@ fn mount(
 
 async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::EventReceiver, Saver), NotStarted> {
     let config = &shared.config;
+    let resume = |platform: &Platform| {
+        let state = config.resume.as_ref().map(|resume| save::load(resume, platform)).transpose();
+        let state = state.map_err(NotStarted::step("the saved machine cannot go on here"))?;
+        Ok(state.map(|state| vmm::Resume { memory: layout.memory(), state: Some(state) }))
+    };
+    let (vm, events, platform) = create(layout, shared, resume).await?;
+    if config.resume.is_some() {
+        read_singly(&vm, true).await;
+        vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
+        if let Err(error) = vm.announce().await {
+            tracing::warn!(%error, "the network is not told where the guest is now");
+        }
+        // What the guest does then would keep one that arrives from what it is asked for.
+        if shared.arrival.is_none() {
+            save::tell_guest(&vm).await;
+        }
+    }
+    it_runs(shared, &vm, config.resume.is_some());
+    Ok((vm, events, Saver::new(platform, config.resume.as_ref())))
+}
+
+/// Says that the machine runs.
+pub(crate) fn it_runs(shared: &Shared, vm: &vmm::Vm, resumed: bool) {
+    let mut status = shared.status();
+    status.phase = Phase::Running;
+    status.resumed = resumed;
+    status.qemu_pid = Some(vm.pid());
+    status.started_in_ms = Some(Timestamp::now().since_ms(shared.config.ordered));
+}
+
+/// Starts QEMU. A machine that is gone on with is paused then.
+pub(crate) async fn create(
+    layout: &Layout,
+    shared: &Shared,
+    resume: impl FnOnce(&Platform) -> Result<Option<vmm::Resume>, NotStarted>,
+) -> Result<(vmm::Vm, vmm::EventReceiver, Platform), NotStarted> {
+    let config = &shared.config;
     let qemu = vmm::find_qemu().await.map_err(NotStarted::step("cannot find QEMU"))?;
     let accelerator = if config.force_tcg {
         vmm::Accelerator::Tcg { why: "this host was told not to use KVM".into() }
@@ -179,8 +220,7 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
     let (platform, processor) =
         platform::here(config, &qemu, &accelerator).map_err(NotStarted::step("the guest cannot have its processor"))?;
     shared.status().processor = Some(platform.cpu.clone());
-    let state = config.resume.as_ref().map(|resume| save::load(resume, &platform)).transpose();
-    let state = state.map_err(NotStarted::step("the saved machine cannot go on here"))?;
+    let resume = resume(&platform)?;
     let options = vmm::LaunchOptions {
         qemu: qemu.path,
         run_dir: layout.qemu(),
@@ -190,32 +230,14 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
         seccomp: true,
         parent_death_kill: true,
         guard: Some(vmm::GuardPolicy { deny: config.deny.clone(), ..Default::default() }),
-        resume: state.map(|state| vmm::Resume { memory: layout.memory(), state }),
+        resume,
     };
     let machine = describe(layout, config)?;
     let (vm, events) =
         vmm::Vm::launch(&machine, options).await.map_err(NotStarted::step("the machine does not start"))?;
     // Before anybody is told that it runs, and may ask for its ports.
     forward(&vm, shared).await?;
-    if config.resume.is_some() {
-        read_singly(&vm, true).await;
-        vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
-        if let Err(error) = vm.announce().await {
-            tracing::warn!(%error, "the network is not told where the guest is now");
-        }
-        // What the guest does then would keep one that arrives from what it is asked for.
-        if shared.arrival.is_none() {
-            save::tell_guest(&vm).await;
-        }
-    }
-    {
-        let mut status = shared.status();
-        status.phase = Phase::Running;
-        status.resumed = config.resume.is_some();
-        status.qemu_pid = Some(vm.pid());
-        status.started_in_ms = Some(Timestamp::now().since_ms(config.ordered));
-    }
-    Ok((vm, events, Saver::new(platform, config.resume.as_ref())))
+    Ok((vm, events, platform))
 }
 
 /// Memory is read as the guest touches it, so that what comes over the network and what is noted is what is needed.
@@ -345,6 +367,30 @@ impl Running {
                                 save::tell_guest(vm).await;
                             }
                         }
+                        Order::Leave { what, mut line } => {
+                            let mut later = Vec::new();
+                            let leaving = leave::leave(vm, shared, saver, &what, &mut line);
+                            tokio::pin!(leaving);
+                            loop {
+                                tokio::select! {
+                                    () = &mut leaving => break,
+                                    Some(event) = events.recv() => retry = note(shared, event, retry),
+                                    Some(order) = inbox.recv() => match order {
+                                        Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
+                                        other => later.push(other),
+                                    },
+                                }
+                            }
+                            for order in later {
+                                // They fit: the channel had them.
+                                let _ = shared.orders.try_send(order);
+                            }
+                        }
+                        Order::Arrive { .. } => tracing::warn!("a machine came where there is one"),
+                        Order::Stay => {
+                            shared.status().leave = Leave::No;
+                            let _ = vm.cont().await;
+                        }
                         Order::Merged { layers, target, done } => _ = done.send(saver.replace(&layers, &target)),
                         Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
                         Order::Save(order) => {
@@ -370,15 +416,15 @@ impl Running {
                 }
                 () = sleep_until(press.unwrap_or_else(never)), if press.is_some() => {
                     press = Some(Instant::now() + PRESS_AGAIN);
-                    // A paused guest cannot react.
-                    let _ = vm.cont().await;
+                    // A paused guest cannot react. One that another host may have does not go on.
+                    go_on(vm, shared).await;
                     if let Err(error) = vm.power_button().await {
                         tracing::warn!(%error, "the power button does not work");
                     }
                 }
                 () = sleep_until(retry.unwrap_or_else(never)), if retry.is_some() => {
                     retry = None;
-                    let _ = vm.cont().await;
+                    go_on(vm, shared).await;
                 }
             }
         };
@@ -413,6 +459,13 @@ impl Running {
         }
         let _ = std::fs::remove_file(self.layout.socket());
         RunEnd::now(kind, message)
+    }
+}
+
+async fn go_on(vm: &vmm::Vm, shared: &Shared) {
+    let leave = shared.status().leave;
+    if leave == Leave::No {
+        let _ = vm.cont().await;
     }
 }
 

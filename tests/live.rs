@@ -1,0 +1,91 @@
+//! A machine that moves while it runs: it is on exactly one host at any time, and what it was goes on.
+
+use std::time::Duration;
+
+use collective_testkit::{Fleet, Guest, eventually, tiny};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
+const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
+const LONG: Duration = Duration::from_secs(120);
+
+/// A fleet with hosts b and c, and a machine on b. It publishes no port, since both hosts are this machine.
+fn launch() -> (Fleet, Guest) {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join("b");
+    fleet.join("c");
+    fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
+    fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "b"]);
+    fleet.wait("n", "healthy");
+    let guest = guest(&fleet);
+    (fleet, guest)
+}
+
+/// The guest by the port that its runner forwards for the health check.
+fn guest(fleet: &Fleet) -> Guest {
+    let forwards = fleet.runner_status("n")["forwards"].clone();
+    let at = forwards.as_array().unwrap().iter().find(|pair| pair[0] == 80).expect("its port 80")[1].clone();
+    Guest { port: at.as_str().unwrap().rsplit_once(':').unwrap().1.parse().unwrap() }
+}
+
+/// Memory has what was put there, and the disk has what memory says.
+#[track_caller]
+fn sound(guest: &Guest, generation: &str) -> u64 {
+    assert_eq!(guest.get("/pages"), format!("5120 pages of {generation}, 0 bad"));
+    guest.get("/count?off");
+    let ring = guest.get("/ring");
+    let (count, bad) = ring.split_once(", ").unwrap();
+    assert_eq!(bad, "0 bad", "{ring}");
+    count.parse().unwrap()
+}
+
+#[track_caller]
+fn writes_on(guest: &Guest) -> u64 {
+    let before: u64 = guest.get("/count").parse().unwrap();
+    eventually("it writes", LONG, || (guest.get("/count").parse::<u64>().unwrap() > before + 20).then_some(()));
+    before
+}
+
+#[test]
+fn a_machine_that_writes_moves_there_and_back_while_it_runs() {
+    let (fleet, guest_on_b) = launch();
+    let generation = guest_on_b.get("/fill?20");
+    let boots = guest_on_b.get("/boots");
+    guest_on_b.put("/notes/kept", "acknowledged");
+    guest_on_b.put("/sysroot/own", "on the system disk");
+    guest_on_b.get("/count?on");
+    let written = writes_on(&guest_on_b);
+    let seed = guest_on_b.get("/instance/generation");
+
+    let moved = fleet.json(&["move", "n", "--to", "c"]);
+    eprintln!("{moved}");
+    assert_eq!(moved["live"], true, "{moved}");
+    assert!(moved["pause_us"].as_u64().unwrap() > 0, "{moved}");
+    let info = fleet.info("n");
+    assert_eq!((info["host"].as_str(), info["generation"].as_u64()), (Some("c"), Some(2)), "{info}");
+    let guest_on_c = guest(&fleet);
+    assert!(guest_on_b.is_closed(), "nothing of it runs on b");
+    eventually("the guest takes up who it is", LONG, || {
+        (guest_on_c.get("/instance/generation") != seed).then_some(())
+    });
+    assert!(writes_on(&guest_on_c) >= written);
+    assert!(sound(&guest_on_c, &generation) >= written);
+    assert_eq!(guest_on_c.get("/boots"), boots, "it was not booted");
+    assert_eq!(guest_on_c.get("/notes/kept"), "acknowledged");
+    guest_on_c.put("/notes/there", "written on c");
+    let left = fleet.host_data("b").join("instances").join(info["id"].as_str().unwrap());
+    assert!(!left.exists(), "the old host keeps nothing");
+    assert!(fleet.info("n")["moved_pause_us"].as_u64().is_some());
+
+    // And back, with memory of which a part is mapped from what came.
+    guest_on_c.get("/count?on");
+    writes_on(&guest_on_c);
+    let moved = fleet.json(&["move", "n", "--to", "b"]);
+    eprintln!("{moved}");
+    assert_eq!(moved["live"], true, "{moved}");
+    let guest_on_b = guest(&fleet);
+    writes_on(&guest_on_b);
+    sound(&guest_on_b, &generation);
+    assert_eq!(guest_on_b.get("/boots"), boots);
+    assert_eq!(guest_on_b.get("/notes/there"), "written on c");
+    assert_eq!(guest_on_b.get("/sysroot/own"), "on the system disk");
+}
