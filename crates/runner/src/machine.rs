@@ -333,6 +333,8 @@ impl Running {
     async fn watch(&mut self, inbox: &mut mpsc::Receiver<Order>) -> (EndKind, String, Option<Saved>) {
         let Self { vm, events, shared, saver, .. } = self;
         let mut suspended = None;
+        // Its end would say that we have given up.
+        let mut sent_over = None;
         let mut asked = false;
         let mut forced = false;
         let mut deadline: Option<Instant> = None;
@@ -369,8 +371,7 @@ impl Running {
                         }
                         Order::Leave { what, mut line } => {
                             let mut later = Vec::new();
-                            let leaving = leave::leave(vm, shared, saver, &what, &mut line);
-                            tokio::pin!(leaving);
+                            let mut leaving = Box::pin(leave::leave(vm, shared, saver, &what, &mut line));
                             loop {
                                 tokio::select! {
                                     () = &mut leaving => break,
@@ -381,6 +382,8 @@ impl Running {
                                     },
                                 }
                             }
+                            drop(leaving);
+                            sent_over = Some(line);
                             for order in later {
                                 // They fit: the channel had them.
                                 let _ = shared.orders.try_send(order);
@@ -388,6 +391,7 @@ impl Running {
                         }
                         Order::Arrive { .. } => tracing::warn!("a machine came where there is one"),
                         Order::Stay => {
+                            drop(sent_over.take());
                             shared.status().leave = Leave::No;
                             let _ = vm.cont().await;
                         }
