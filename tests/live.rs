@@ -1,6 +1,6 @@
 //! A machine that moves while it runs: it is on exactly one host at any time, and what it was goes on.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use collective_testkit::{Fleet, Guest, eventually, tiny};
 
@@ -11,7 +11,8 @@ const LONG: Duration = Duration::from_secs(120);
 /// A fleet with hosts b and c, and a machine on b. It publishes no port, since both hosts are this machine.
 fn launch() -> (Fleet, Guest) {
     let mut fleet = Fleet::start(PROGRAM);
-    fleet.join("b");
+    // Over a link the plane listens at the same port when it is started again.
+    fleet.join_over_link("b");
     fleet.join("c");
     fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
     fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "b"]);
@@ -57,7 +58,6 @@ fn a_machine_that_writes_moves_there_and_back_while_it_runs() {
     let seed = guest_on_b.get("/instance/generation");
 
     let moved = fleet.json(&["move", "n", "--to", "c"]);
-    eprintln!("{moved}");
     assert_eq!(moved["live"], true, "{moved}");
     assert!(moved["pause_us"].as_u64().unwrap() > 0, "{moved}");
     let info = fleet.info("n");
@@ -80,7 +80,6 @@ fn a_machine_that_writes_moves_there_and_back_while_it_runs() {
     guest_on_c.get("/count?on");
     writes_on(&guest_on_c);
     let moved = fleet.json(&["move", "n", "--to", "b"]);
-    eprintln!("{moved}");
     assert_eq!(moved["live"], true, "{moved}");
     let guest_on_b = guest(&fleet);
     writes_on(&guest_on_b);
@@ -88,4 +87,78 @@ fn a_machine_that_writes_moves_there_and_back_while_it_runs() {
     assert_eq!(guest_on_b.get("/boots"), boots);
     assert_eq!(guest_on_b.get("/notes/there"), "written on c");
     assert_eq!(guest_on_b.get("/sysroot/own"), "on the system disk");
+}
+
+/// QEMUs of the instance, on whichever host.
+fn machines(id: &str) -> usize {
+    let uuid = format!("{}-{}-{}-{}-{}", &id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]);
+    let lines = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        Some(String::from_utf8_lossy(&line).into_owned())
+    });
+    lines.filter(|line| line.starts_with("/") && line.contains("qemu-system") && line.contains(&uuid)).count()
+}
+
+/// Exactly one host has it, and it runs there. Gives that host and the guest.
+fn one_owner(fleet: &Fleet) -> (String, Guest) {
+    fleet.wait_until_settled("n");
+    let info = fleet.info("n");
+    let (host, id) = (info["host"].as_str().unwrap().to_owned(), info["id"].as_str().unwrap().to_owned());
+    let other = if host == "b" { "c" } else { "b" };
+    let left = fleet.host_data(other).join("instances").join(&id);
+    eventually("the other host has nothing of it", LONG, || (!left.exists()).then_some(()));
+    assert_eq!(machines(&id), 1, "one machine only");
+    let guest = guest(fleet);
+    guest.answers();
+    (host, guest)
+}
+
+/// Moves it again and again, and lets `die` do its work at another instant each time. Whatever happens, it goes on.
+fn die_at_any_instant(mut die: impl FnMut(&mut Fleet, &str, &str)) {
+    let (mut fleet, guest) = launch();
+    let generation = guest.get("/fill?20");
+    let boots = guest.get("/boots");
+    guest.get("/count?on");
+    let begun = Instant::now();
+    fleet.ok(&["move", "n", "--to", "c"]);
+    let whole = begun.elapsed();
+    let (mut host, mut guest) = one_owner(&fleet);
+    for part in [35, 80, 95, 100, 103] {
+        let written = writes_on(&guest);
+        let to = if host == "b" { "c" } else { "b" };
+        let mut command = fleet.spawn(&["move", "n", "--to", to]);
+        std::thread::park_timeout(whole * part / 100);
+        die(&mut fleet, &host, to);
+        let _ = command.wait();
+        (host, guest) = one_owner(&fleet);
+        eprintln!("after {part} % of the time: it is on {host}, and was to go to {to}");
+        assert!(writes_on(&guest) >= written, "it went on");
+        assert!(sound(&guest, &generation) >= written);
+        assert_eq!(guest.get("/boots"), boots, "it was not booted");
+        guest.get("/count?on");
+    }
+}
+
+#[test]
+fn the_daemon_that_gets_it_dies() {
+    die_at_any_instant(|fleet, _, to| {
+        fleet.kill_host(to);
+        fleet.run_host(to);
+    });
+}
+
+#[test]
+fn the_daemon_that_has_it_dies() {
+    die_at_any_instant(|fleet, from, _| {
+        fleet.kill_host(from);
+        fleet.run_host(from);
+    });
+}
+
+#[test]
+fn the_plane_dies() {
+    die_at_any_instant(|fleet, _, _| {
+        fleet.kill_up();
+        fleet.up();
+    });
 }
