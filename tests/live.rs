@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use collective_testkit::{Fleet, Guest, eventually, tiny};
+use collective_testkit::{Fleet, Guest, Link, eventually, free_port, tiny};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_collective");
 const SCRATCH: &str = env!("CARGO_TARGET_TMPDIR");
@@ -10,15 +10,21 @@ const LONG: Duration = Duration::from_secs(120);
 
 /// A fleet with hosts b and c, and a machine on b. It publishes no port, since both hosts are this machine.
 fn launch() -> (Fleet, Guest) {
+    let (fleet, _, guest) = launch_with(&[]);
+    (fleet, guest)
+}
+
+/// The same, with b behind a link.
+fn launch_with(arguments: &[&str]) -> (Fleet, Link, Guest) {
     let mut fleet = Fleet::start(PROGRAM);
     // Over a link the plane listens at the same port when it is started again.
-    fleet.join_over_link("b");
+    let link = fleet.join_over_link("b");
     fleet.join("c");
     fleet.ok(&["publish", &tiny(PROGRAM, SCRATCH, "1").to_string_lossy()]);
-    fleet.ok(&["launch", "test/tiny:1", "--name", "n", "--host", "b"]);
+    fleet.ok(&[&["launch", "test/tiny:1", "--name", "n", "--host", "b"], arguments].concat());
     fleet.wait("n", "healthy");
     let guest = guest(&fleet);
-    (fleet, guest)
+    (fleet, link, guest)
 }
 
 /// The guest by the port that its runner forwards for the health check.
@@ -64,9 +70,7 @@ fn a_machine_that_writes_moves_there_and_back_while_it_runs() {
     assert_eq!((info["host"].as_str(), info["generation"].as_u64()), (Some("c"), Some(2)), "{info}");
     let guest_on_c = guest(&fleet);
     assert!(guest_on_b.is_closed(), "nothing of it runs on b");
-    eventually("the guest takes up who it is", LONG, || {
-        (guest_on_c.get("/instance/generation") != seed).then_some(())
-    });
+    eventually("the guest takes up who it is", LONG, || (guest_on_c.get("/instance/generation") != seed).then_some(()));
     assert!(writes_on(&guest_on_c) >= written);
     assert!(sound(&guest_on_c, &generation) >= written);
     assert_eq!(guest_on_c.get("/boots"), boots, "it was not booted");
@@ -107,7 +111,12 @@ fn one_owner(fleet: &Fleet) -> (String, Guest) {
     let other = if host == "b" { "c" } else { "b" };
     let left = fleet.host_data(other).join("instances").join(&id);
     eventually("the other host has nothing of it", LONG, || (!left.exists()).then_some(()));
-    assert_eq!(machines(&id), 1, "one machine only");
+    eventually("its machine is there", LONG, || {
+        let machines = machines(&id);
+        assert!(machines < 2, "one machine only");
+        (machines == 1).then_some(())
+    });
+    fleet.wait("n", "healthy");
     let guest = guest(fleet);
     guest.answers();
     (host, guest)
@@ -161,4 +170,86 @@ fn the_plane_dies() {
         fleet.kill_up();
         fleet.up();
     });
+}
+
+/// A power cut to the machine, and to its daemon, at any instant: what was acknowledged is there, wherever it is then.
+#[test]
+fn the_host_that_has_it_dies() {
+    let (mut fleet, _) = launch();
+    let begun = Instant::now();
+    fleet.ok(&["move", "n", "--to", "c"]);
+    let whole = begun.elapsed();
+    let (mut host, mut guest) = one_owner(&fleet);
+    for part in [50, 90, 97, 101] {
+        guest.put("/notes/kept", &format!("acknowledged before {part}"));
+        let to = if host == "b" { "c" } else { "b" };
+        let runner = fleet.runner_pid("n");
+        let mut command = fleet.spawn(&["move", "n", "--to", to]);
+        std::thread::park_timeout(whole * part / 100);
+        fleet.kill_host(&host);
+        // Unless it has gone with the machine.
+        let _ = rustix::process::kill_process(
+            rustix::process::Pid::from_raw(runner).unwrap(),
+            rustix::process::Signal::KILL,
+        );
+        fleet.run_host(&host);
+        let _ = command.wait();
+        (host, guest) = one_owner(&fleet);
+        eprintln!("after {part} % of the time: it is on {host}, and was to go to {to}");
+        assert_eq!(guest.get("/notes/kept"), format!("acknowledged before {part}"));
+    }
+}
+
+#[test]
+fn a_thin_link_is_noticed_and_it_is_suspended_for_the_move() {
+    let (fleet, link, guest_on_b) = launch_with(&[]);
+    let generation = guest_on_b.get("/fill?20");
+    let dry = fleet.json(&["move", "n", "--to", "c", "--dry-run"]);
+    assert_eq!((dry["live"].as_bool(), dry["why_not_live"].is_null()), (Some(true), true), "{dry}");
+    assert!(dry["estimate"]["bytes"].as_u64().unwrap() > 20 << 20, "{dry}");
+    assert_eq!(fleet.info("n")["host"], "b", "nothing has moved");
+    fleet.ok(&["move", "n", "--to", "c"]);
+
+    link.slow(16 << 10);
+    let dry = fleet.json(&["move", "n", "--to", "b", "--dry-run"]);
+    assert_eq!(dry["live"], false, "{dry}");
+    assert!(dry["how"].as_str().unwrap().contains("suspended"), "{dry}");
+    assert!(dry["why_not_live"].as_str().unwrap().contains("minutes"), "{dry}");
+    let mut command = fleet.spawn(&["move", "n", "--to", "b"]);
+    eventually("it is suspended", LONG, || {
+        let state = fleet.info("n")["state"].clone();
+        (state != "running").then_some(())
+    });
+    link.slow(0);
+    assert!(command.wait().unwrap().success());
+    let (host, guest) = one_owner(&fleet);
+    assert_eq!(host, "b");
+    sound(&guest, &generation);
+    let info = fleet.info("n");
+    assert_eq!((&info["resumed"], &info["moved_pause_us"]), (&true.into(), &serde_json::Value::Null), "{info}");
+}
+
+#[test]
+fn what_the_other_host_cannot_take_goes_on_where_it_was() {
+    let port = free_port();
+    // The other host is the same machine, so it has not got this port.
+    let (fleet, _, guest) = launch_with(&["--publish", &format!("{port}:80")]);
+    let boots = guest.get("/boots");
+    for command in [vec!["move", "n", "--to", "c"], vec!["move", "n", "--to", "c", "--dry-run"]] {
+        let error = fleet.fails(&command);
+        assert!(error.contains(&format!("cannot publish port {port}")), "{command:?}: {error}");
+    }
+    let (host, _) = one_owner(&fleet);
+    assert_eq!((host.as_str(), Guest { port }.get("/boots")), ("b", boots));
+    for (command, words) in [
+        (vec!["move", "n", "--to", "b"], "on host \"b\" already"),
+        (vec!["move", "n", "--to", "c", "--cold", "--no-live"], "cannot be used with"),
+    ] {
+        let outcome = fleet.run(&command);
+        assert!(outcome.stderr.contains(words), "{command:?}: {outcome:?}");
+    }
+    // What it does next is saved whole.
+    let kept = fleet.json(&["checkpoint", "n"]);
+    fleet.ok(&["restore", "n", &kept["id"].to_string()]);
+    Guest { port }.answers();
 }

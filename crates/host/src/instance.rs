@@ -130,7 +130,7 @@ impl Instance {
                 None => {}
             }
             if self.gone {
-                return;
+                break;
             }
             self.restart_if_due().await;
             if let Err(why) = self.let_users_in().await {
@@ -138,6 +138,11 @@ impl Instance {
             }
             self.checkpoint_if_due().await;
             self.merge_on().await;
+        }
+        while let Ok(command) = self.inbox.try_recv() {
+            if let Command::Visit { tunnel, .. } = command {
+                tunnel.refuse("what came earlier was being cleared away there; try again".into()).await;
+            }
         }
     }
 

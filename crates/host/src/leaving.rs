@@ -29,7 +29,7 @@ use crate::record::DiskRecord;
 use crate::sealed::{MOST, Receiver, Sender, Side, seal_of};
 
 /// The other host has said nothing for so long: it is given up.
-const SILENCE: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_secs(180);
 /// The same once all was sent, and the guest stands still.
 const SILENCE_AT_THE_END: Duration = Duration::from_secs(20);
 /// How often runner and plane are asked how it is.
@@ -182,7 +182,9 @@ impl Instance {
                 for word in words {
                     match word {
                         Word::Better { why } => return Outcome::Stays(json!({ "live": false, "why": why })),
-                        Word::Measured(estimate) => return Outcome::Stays(json!({ "live": false, "estimate": estimate })),
+                        Word::Measured(estimate) => {
+                            return Outcome::Stays(json!({ "live": false, "estimate": estimate }));
+                        }
                         Word::Failed { why } => return Outcome::Unknown(why),
                         _ => {}
                     }
@@ -240,7 +242,8 @@ impl Instance {
             sleep(ASK_EVERY).await;
         };
         if sent {
-            let request = StayRequest { generation: self.record.spec.generation, why: format!("it did not move: {why}") };
+            let request =
+                StayRequest { generation: self.record.spec.generation, why: format!("it did not move: {why}") };
             match self.ask_whose(&id, &request).await {
                 StayAnswer { moved: Some(generation) } => return self.went_away(generation).await,
                 StayAnswer { moved: None } => {}

@@ -35,6 +35,8 @@ use crate::tunnel::Dial;
 const ASK_EVERY: Duration = Duration::from_millis(20);
 /// A plane that is away is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// The plane says that it is not ours. Whatever else it says, it may be.
+const CONFLICT: u16 = 409;
 /// Files of an instance are far below it, in bytes.
 const MAX_FILE: u64 = 64 << 20;
 
@@ -121,7 +123,9 @@ impl Instance {
         let record = &mut self.record;
         record.version = hello.version;
         record.version_name.clone_from(&hello.version_name);
+        // As it is once it is ours; until then nobody hears of it.
         record.spec.arrival = None;
+        record.spec.generation.0 += 1;
         record.next_event = record.next_event.max(hello.next_event);
         record.power_serial = hello.power_serial;
         let memory = record.reserve_layer();
@@ -276,7 +280,7 @@ impl Instance {
             let asked: Result<Spec, ClientError> = self.context.client.post(&path, &()).await;
             match asked {
                 Ok(spec) => return Ok(spec),
-                Err(ClientError::Refused { status: 400..=499, message }) => return Err(message),
+                Err(ClientError::Refused { status: CONFLICT, message }) => return Err(message),
                 Err(error) => tracing::warn!(%error, "the plane does not say yet whose the machine is that came"),
             }
             sleep(ASK_AGAIN).await;
@@ -296,6 +300,9 @@ impl Instance {
         self.event("arrived", format!("it came while it ran, and stood still for {ms:.1} ms"));
         self.conclude(operation.clone(), OperationState::Done { result });
         self.observe().await;
+        if let Err(why) = self.let_users_in().await {
+            tracing::warn!(why, "the ports of a machine that came stay closed for now");
+        }
     }
 
     /// All of it is here, and it is not known whether it is ours: after a restart of the daemon, or when the runner died.
@@ -319,7 +326,8 @@ impl Instance {
             self.set_state(State::Suspended);
             self.event("arrived", "all of it is here, and the other host has none of it any more".into());
         }
-        let gone_on = if self.record.suspended.is_some() && self.record.spec.on { self.go_on().await } else { Ok(Value::Null) };
+        let gone_on =
+            if self.record.suspended.is_some() && self.record.spec.on { self.go_on().await } else { Ok(Value::Null) };
         let state = match gone_on {
             Ok(_) => OperationState::Done { result: json!({ "live": true, "state": self.record.state }) },
             Err(error) => OperationState::Failed { error },

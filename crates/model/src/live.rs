@@ -20,8 +20,12 @@ const TOTAL_MS: u64 = 900_000;
 const ROUNDS: usize = 30;
 /// Rounds that do not shrink, in a row.
 const STUBBORN: usize = 3;
-/// How much has to be sent before the link is known, in bytes.
-pub const SAMPLE: u64 = 4 << 20;
+/// What is sent first, in bytes: little, because the link may be thin.
+pub const FIRST: u64 = 512 << 10;
+/// The link is known when so many bytes were sent,
+const SAMPLE: u64 = 16 << 20;
+/// or when sending took so long, in microseconds: what came before may only show how far away the other host is.
+const SAMPLE_US: u64 = 1_000_000;
 
 /// What was sent in one go, and acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +51,12 @@ pub enum Next {
 pub fn rate(sent: &[Sent]) -> Option<u64> {
     let (bytes, took) = sent.iter().fold((0, 0), |(bytes, took), one| (bytes + one.bytes, took + one.took_us));
     (bytes > 0).then(|| (u128::from(bytes) * 1_000_000 / u128::from(took.max(1))).min(u128::from(u64::MAX)) as u64)
+}
+
+/// Whether enough was sent to know what the link carries.
+pub fn is_known(sent: &[Sent]) -> bool {
+    let (bytes, took) = sent.iter().fold((0, 0), |(bytes, took), one| (bytes + one.bytes, took + one.took_us));
+    bytes >= SAMPLE || took >= SAMPLE_US
 }
 
 fn millis(bytes: u64, rate: u64) -> u64 {
@@ -151,8 +161,14 @@ mod tests {
     fn rates() {
         assert_eq!(rate(&[]), None);
         assert_eq!(rate(&[Sent { bytes: 0, took_us: 5 }]), None);
-        assert_eq!(rate(&[Sent { bytes: MIB, took_us: 500_000 }, Sent { bytes: MIB, took_us: 500_000 }]), Some(2 * MIB));
+        assert_eq!(
+            rate(&[Sent { bytes: MIB, took_us: 500_000 }, Sent { bytes: MIB, took_us: 500_000 }]),
+            Some(2 * MIB)
+        );
         assert_eq!(rate(&[Sent { bytes: 7, took_us: 0 }]), Some(7_000_000));
+        assert!(!is_known(&[]) && !is_known(&[Sent { bytes: MIB, took_us: 500_000 }]));
+        assert!(is_known(&[Sent { bytes: MIB, took_us: 500_000 }; 2]), "a second");
+        assert!(is_known(&[Sent { bytes: 8 * MIB, took_us: 10 }; 2]), "much at once");
     }
 
     proptest! {

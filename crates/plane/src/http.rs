@@ -12,8 +12,8 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use collective_api::{
     CloneRequest, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer, JoinRequest,
-    LaunchRequest, MoveRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StayAnswer, StayRequest, StoreStatus,
-    TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
+    LaunchRequest, MoveRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StayAnswer,
+    StayRequest, StoreStatus, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
 };
 use collective_model::{Name, OperationId, Spec, TunnelId};
 use collective_store::depot::DepotError;

@@ -22,9 +22,11 @@ impl Plane {
         }
         let seen = row.observed.as_ref().filter(|seen| seen.generation == row.spec.generation);
         let seen = seen.filter(|seen| seen.state == State::Running && seen.arrived == row.spec.arrival);
-        let seen = seen.ok_or_else(|| Failure::conflict(format!("{name} cannot move while it runs: it does not run")))?;
+        let seen =
+            seen.ok_or_else(|| Failure::conflict(format!("{name} cannot move while it runs: it does not run")))?;
         let hosts = self.database().hosts().await?;
-        let here = hosts.iter().find(|host| host.name == row.host).and_then(|host| host.facts.as_ref()?.platform.clone());
+        let here =
+            hosts.iter().find(|host| host.name == row.host).and_then(|host| host.facts.as_ref()?.platform.clone());
         let here = here.map(|here| {
             let cpu = seen.processor.clone().unwrap_or(here.cpu);
             Platform { cpu, portable: Vec::new(), ..here }

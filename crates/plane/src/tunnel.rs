@@ -21,6 +21,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// More than this many users of one plane do not wait at the same time.
 const MAX_WAITING: usize = 1024;
 
+/// Bytes that are passed on at once.
+const AT_ONCE: usize = 64 << 10;
+
 const NOBODY_WAITS: &str = "nobody waits for this tunnel any more";
 
 /// Tunnels whose hosts have not dialled yet.
@@ -125,7 +128,8 @@ pub(crate) fn splice(user: OnUpgrade, host: OnUpgrade) {
     tokio::spawn(async move {
         let (Ok(user), Ok(host)) = tokio::join!(user, host) else { return };
         let (mut user, mut host) = (TokioIo::new(user), TokioIo::new(host));
-        if let Err(error) = tokio::io::copy_bidirectional(&mut user, &mut host).await {
+        let copied = tokio::io::copy_bidirectional_with_sizes(&mut user, &mut host, AT_ONCE, AT_ONCE).await;
+        if let Err(error) = copied {
             tracing::debug!(%error, "a tunnel broke");
         }
     });

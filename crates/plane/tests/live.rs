@@ -3,7 +3,8 @@
 mod common;
 
 use collective_api::{
-    Client, ClientError, InstanceView, LaunchRequest, OperationRequest, OperationView, PrivateGrant, StayAnswer, StayRequest,
+    Client, ClientError, InstanceView, LaunchRequest, OperationRequest, OperationView, PrivateGrant, StayAnswer,
+    StayRequest,
 };
 use collective_keys::SigningKey;
 use collective_model::{Digest, Generation, InstanceId, OperationState, Spec};

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use collective_model::live::{self, Estimate, Next, SAMPLE, Sent};
+use collective_model::live::{self, Estimate, FIRST, Next, Sent};
 use collective_model::run::{Leave, Platform};
 use collective_model::run_live::{MEMORY, Piece, STEP, Word};
 use collective_store::BLOCK;
@@ -21,7 +21,7 @@ use crate::save::{Saver, encode, runs};
 use crate::state::Shared;
 
 /// So many bytes are sent before they are acknowledged.
-const PART: u64 = 32 << 20;
+const PART: u64 = 16 << 20;
 
 /// What to send.
 #[derive(Debug)]
@@ -59,7 +59,17 @@ pub(crate) async fn leave(vm: &Vm, shared: &Shared, saver: &mut Saver, what: &Wh
     let sent = match saver.lend(vm).await {
         Ok((memory, platform)) => {
             let base = shared.memory().clone();
-            let mut sender = Sender { vm, memory, platform, disks: &disks, base, line, sent: Vec::new(), rounds: 0, round_trip: u64::MAX };
+            let mut sender = Sender {
+                vm,
+                memory,
+                platform,
+                disks: &disks,
+                base,
+                line,
+                sent: Vec::new(),
+                rounds: 0,
+                round_trip: u64::MAX,
+            };
             sender.send_all(what).await
         }
         Err(why) => Err(Stays::Failed(why)),
@@ -127,21 +137,27 @@ impl Sender<'_> {
         }
         match self.line.hear().await? {
             Piece::Word(Word::Ready) => {}
-            other => return Err(Stays::Failed(format!("the other host said something else than that it is ready: {other:?}"))),
+            other => {
+                return Err(Stays::Failed(format!(
+                    "the other host said something else than that it is ready: {other:?}"
+                )));
+            }
         }
         let parts = self.everything(&what.whole)?;
         let total: u64 = parts.iter().map(|part| part.range.end - part.range.start).sum();
-        // What comes over the link in the beginning tells what it carries.
-        let mut parts = cut(parts, SAMPLE.min(total)).into_iter();
-        for (index, group) in parts.by_ref().enumerate() {
-            self.round(&group, false).await?;
-            let rate = self.rate();
-            if index == 0 && what.only_measure {
+        let groups = cut(parts, FIRST);
+        let last = groups.len() - 1;
+        for (index, group) in groups.iter().enumerate() {
+            self.round(group, false).await?;
+            if !live::is_known(&self.sent) && index < last {
+                continue;
+            }
+            let rate = live::rate(&self.sent).unwrap_or(u64::MAX);
+            if what.only_measure {
                 return Err(Stays::Told(Word::Measured(Estimate::of(total, rate))));
             }
-            if index == 0 && let Err(why) = live::is_worth_it(total, rate) {
-                return Err(Stays::Told(Word::Better { why }));
-            }
+            let left = total.saturating_sub(self.sent.iter().map(|sent| sent.bytes).sum());
+            live::is_worth_it(left, rate).map_err(|why| Stays::Told(Word::Better { why }))?;
         }
         self.follow_up().await?;
         self.last_round(what).await
@@ -223,7 +239,11 @@ impl Sender<'_> {
         let mut parts: Vec<Part> = memory.collect();
         for (which, disk) in (0u16..).zip(self.disks) {
             let end = |blocks: Range<u64>| blocks.start * BLOCK..(blocks.end * BLOCK).min(disk.size());
-            parts.extend(disk.written().into_iter().map(|blocks| Part { which, range: end(blocks), from: Origin::Disk }));
+            parts.extend(disk.written().into_iter().map(|blocks| Part {
+                which,
+                range: end(blocks),
+                from: Origin::Disk,
+            }));
         }
         Ok(parts)
     }
@@ -245,7 +265,11 @@ impl Sender<'_> {
         self.line.say(Word::Round { number, durable }).await?;
         match self.line.hear().await? {
             Piece::Word(Word::Took { number: took }) if took == number => {}
-            other => return Err(Stays::Failed(format!("the other host does not say that it has round {number}: {other:?}"))),
+            other => {
+                return Err(Stays::Failed(format!(
+                    "the other host does not say that it has round {number}: {other:?}"
+                )));
+            }
         }
         self.round_trip = self.round_trip.min(asked.elapsed().as_micros() as u64);
         if bytes > 0 {
@@ -281,7 +305,13 @@ impl Sender<'_> {
         }
     }
 
-    async fn send_content(&mut self, which: u16, mut offset: u64, mut content: Vec<u8>, no_zeros: bool) -> io::Result<()> {
+    async fn send_content(
+        &mut self,
+        which: u16,
+        mut offset: u64,
+        mut content: Vec<u8>,
+        no_zeros: bool,
+    ) -> io::Result<()> {
         let length = content.len();
         content.resize(length.next_multiple_of(BLOCK as usize), 0);
         let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);

@@ -64,6 +64,8 @@ pub(crate) async fn receive(
             tracing::warn!(%error, "the network is not told where the guest is now");
         }
         save::tell_guest(&vm).await;
+        // It reads memory and disks that are all here, so there is nothing to learn from what it reads first.
+        disks.iter().chain([&memory]).for_each(|disk| _ = disk.stop_recording());
         let resume = RunResume {
             memory: vec![receiving.memory.clone()],
             state: receiving.state.clone(),
@@ -81,11 +83,7 @@ pub(crate) async fn receive(
     }
 }
 
-fn make_layers(
-    shared: &Shared,
-    disks: &[Arc<Disk>],
-    receiving: &Receiving,
-) -> Result<(Arc<Disk>, Vec<Layer>), String> {
+fn make_layers(shared: &Shared, disks: &[Arc<Disk>], receiving: &Receiving) -> Result<(Arc<Disk>, Vec<Layer>), String> {
     if receiving.tops.len() != disks.len() {
         return Err(format!("it has {} disks, and {} layers for them", disks.len(), receiving.tops.len()));
     }

@@ -9,8 +9,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 
 use crate::line::Line;
-use crate::{leave, merge};
 use crate::state::{Order, Shared};
+use crate::{leave, merge};
 
 /// Serves daemons until the runner ends.
 pub(crate) async fn serve(listener: UnixListener, shared: Arc<Shared>) {
@@ -39,7 +39,9 @@ async fn converse(stream: UnixStream, shared: Arc<Shared>) -> io::Result<()> {
                 let what = leave::What { epoch, whole, only_measure };
                 return hand_over(&shared, Line { reader, writer }, |line| Order::Leave { what, line }).await;
             }
-            Ok(Request::Arrive) => return hand_over(&shared, Line { reader, writer }, |line| Order::Arrive { line }).await,
+            Ok(Request::Arrive) => {
+                return hand_over(&shared, Line { reader, writer }, |line| Order::Arrive { line }).await;
+            }
             Ok(request) => answer(request, &shared).await,
             Err(error) => Reply::Error { message: format!("not a request that this runner knows: {error}") },
         };

@@ -420,8 +420,7 @@ async fn open_monitor(process: &Process, socket: &Path, is_whole: bool) -> Resul
         _ = process.exited() => return Err("it ended".into()),
     };
     let (client, events) = Client::connect(stream).await.map_err(|error| error.to_string())?;
-    while is_whole
-        && let RunState::Other(state) = query_status(&client).await.map_err(|error| error.to_string())? {
+    while is_whole && let RunState::Other(state) = query_status(&client).await.map_err(|error| error.to_string())? {
         if state != "prelaunch" && state != "inmigrate" {
             break;
         }

@@ -11,8 +11,8 @@ use collective_store::image::{ImageMap, Run};
 use collective_store::trace::Trace;
 
 use crate::chain::Chain;
-use crate::layer::{Layer, LayerError};
 use crate::follow::Follower;
+use crate::layer::{Layer, LayerError};
 use crate::recorder::Recorder;
 
 /// A chain has at most this many layers.

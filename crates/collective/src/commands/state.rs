@@ -189,7 +189,9 @@ impl Move {
         let (how, why_not_live) = match (state, &estimate) {
             (State::Stopped, _) => ("its disks, encrypted, through the store", None),
             _ if self.cold => ("shut down, its disks through the store, booted there", None),
-            (_, Some(Ok(Estimate { why_not: None, .. }))) => ("while it runs, and it stands still for a moment only", None),
+            (_, Some(Ok(Estimate { why_not: None, .. }))) => {
+                ("while it runs, and it stands still for a moment only", None)
+            }
             (_, Some(Ok(Estimate { why_not, .. }) | Err(why_not))) => (suspended, why_not.clone()),
             (_, None) => (suspended, None),
         };
@@ -204,7 +206,9 @@ impl Move {
             ui.line(format!("{} would move to {}: {how}", self.name, self.to));
             if let Some(Estimate { bytes, rate, total_ms, .. }) = &estimate {
                 let (bytes, rate, total) = (ByteSize(*bytes), ByteSize(*rate), seconds(*total_ms));
-                ui.line(format!("  {bytes} at {rate} a second, as measured just now: {total}, and what it writes meanwhile"));
+                ui.line(format!(
+                    "  {bytes} at {rate} a second, as measured just now: {total}, and what it writes meanwhile"
+                ));
             }
             if let Some(why) = &why_not_live {
                 ui.line(format!("  not while it runs: {why}"));
