@@ -244,9 +244,8 @@ impl Instance {
         if sent {
             let request =
                 StayRequest { generation: self.record.spec.generation, why: format!("it did not move: {why}") };
-            match self.ask_whose(&id, &request).await {
-                StayAnswer { moved: Some(generation) } => return self.went_away(generation).await,
-                StayAnswer { moved: None } => {}
+            if let Some(generation) = self.ask_whose(&id, &request).await.moved {
+                return self.went_away(generation).await;
             }
             while self.record.runner_pid.is_some()
                 && let Err(link::LinkError::Silent(error)) = link::ask(&self.run_dir, &Request::Stay).await

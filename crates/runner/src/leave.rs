@@ -376,7 +376,7 @@ mod tests {
     fn groups_have_everything_once_and_in_order() {
         let part = |range| Part { which: 0, range, from: Origin::Disk };
         let groups = cut(vec![part(0..PART * 2), part(PART * 3..PART * 3 + BLOCK)], 2 * BLOCK);
-        assert_eq!(groups[0].iter().map(|part| part.range.clone()).collect::<Vec<_>>(), [0..2 * BLOCK]);
+        assert_eq!(groups[0].iter().map(|part| part.range.end).collect::<Vec<_>>(), [2 * BLOCK]);
         let all: Vec<_> = groups.iter().flatten().map(|part| part.range.clone()).collect();
         assert_eq!(length(&all), 2 * PART + BLOCK);
         assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
