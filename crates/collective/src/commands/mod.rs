@@ -12,6 +12,7 @@ mod key;
 mod launch;
 mod lifecycle;
 mod mount;
+mod moving;
 mod operations;
 mod publish;
 mod reach;
@@ -90,7 +91,7 @@ pub enum Command {
     Suspend(state::Suspend),
     Resume(state::Resume),
     Clone(state::Clone),
-    Move(state::Move),
+    Move(moving::Move),
     CheckHost(state::CheckHost),
     Checkpoint(state::Checkpoint),
     Timeline(state::Timeline),
