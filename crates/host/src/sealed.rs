@@ -138,7 +138,7 @@ mod tests {
         all
     }
 
-    fn hears<'a>(bytes: &'a [u8], key: u8, id: u8, side: Side) -> Receiver<&'a [u8]> {
+    fn hears(bytes: &[u8], key: u8, id: u8, side: Side) -> Receiver<&[u8]> {
         Receiver::new(bytes, Arc::new(Seal::new(&[key; 32])), operation(id), side)
     }
 
