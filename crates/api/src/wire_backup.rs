@@ -80,6 +80,9 @@ pub struct WholeMachine {
     /// The keyed name of the page that says what of it is read first when the machine goes on.
     #[serde(default)]
     pub boot: Option<Digest>,
+    /// What of its memory is in its version already.
+    #[serde(default)]
+    pub image: Option<RunImage>,
     /// The digest of the file with the rest of it.
     pub state: Digest,
     /// The instant that both are of.

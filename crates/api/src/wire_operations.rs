@@ -26,6 +26,8 @@ pub enum OperationRequest {
     Restart,
     /// Say which blocks the guest read while it booted.
     Trace,
+    /// Say of what the machine is made that is suspended.
+    Describe,
     /// Read the end of the serial console.
     Logs {
         /// At most this many lines.

@@ -278,6 +278,24 @@ async fn keep_cache(context: &Context) {
             tracing::warn!(error, "the cache cannot be kept within its budget; it is tried again");
         }
         tokio::time::sleep(CACHE_EVERY).await;
+        tidy_copies(context);
+    }
+}
+
+/// Removes memories of versions that no instance here began with. Whoever reads one has it open.
+fn tidy_copies(context: &Context) {
+    let used: HashSet<_> = {
+        let images = lock(&context.used_images);
+        images.values().flatten().map(|image| context.config.copy_of(&image.root)).collect()
+    };
+    for entry in std::fs::read_dir(context.config.warm()).into_iter().flatten().flatten() {
+        let path = entry.path();
+        // One that is being made has another suffix.
+        if !used.contains(&path.with_extension(""))
+            && let Err(error) = std::fs::remove_file(&path)
+        {
+            tracing::warn!(%error, "{} cannot be removed", path.display());
+        }
     }
 }
 

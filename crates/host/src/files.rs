@@ -10,9 +10,14 @@ use serde::de::DeserializeOwned;
 
 /// Replaces `path` with the JSON of `value`; durable when it returns. Only the owner can read it.
 pub fn write_json<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
+    replace(path, &serde_json::to_vec_pretty(value)?)
+}
+
+/// Replaces `path` with `content`; durable when it returns. Only the owner can read it.
+pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let part = path.with_extension("part");
     let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&part)?;
-    file.write_all(&serde_json::to_vec_pretty(value)?)?;
+    file.write_all(content)?;
     file.sync_all()?;
     std::fs::rename(&part, path)?;
     File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()

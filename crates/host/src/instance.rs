@@ -213,7 +213,11 @@ impl Instance {
                     self.event("created", format!("created from {}", self.record.spec.appliance));
                 }
                 self.crashes = 0;
-                self.start(true).await;
+                if self.record.disks.is_empty() {
+                    self.start_first().await;
+                } else {
+                    self.start(true).await;
+                }
             }
             (true, State::Suspended) => self.resume_or_log().await,
             (false, State::Suspended) => self.discard_suspended(),
@@ -246,6 +250,7 @@ impl Instance {
             OperationKind::Rollback { with_data } => self.roll_back(&id, with_data).await,
             OperationKind::Restart => self.restart().await,
             OperationKind::Trace => self.boot_trace(),
+            OperationKind::Describe => self.describe_machine().await,
             OperationKind::Logs { lines } => self.logs(lines),
             OperationKind::Backup => self.back_up(&id).await,
             OperationKind::Restore { backup } => self.restore_backup(&id, &backup).await,

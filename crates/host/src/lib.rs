@@ -28,6 +28,7 @@ mod travel;
 mod tunnel;
 mod update;
 mod visiting;
+mod warm;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -62,6 +63,16 @@ pub struct HostConfig {
 }
 
 impl HostConfig {
+    /// Where all of a memory is that comes with a version, for all instances that begin with it.
+    pub(crate) fn copy_of(&self, image: &collective_model::Digest) -> PathBuf {
+        self.warm().join(image.to_string())
+    }
+
+    /// The folder of these files.
+    pub(crate) fn warm(&self) -> PathBuf {
+        self.data.join("warm")
+    }
+
     /// The portable processor for a machine of this version that is booted; none: the host's own.
     pub(crate) fn processor_for(&self, manifest: &collective_model::Manifest) -> Option<String> {
         self.platform.as_ref()?.to_boot(manifest.hardware.cpu, self.processor.as_deref())

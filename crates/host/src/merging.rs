@@ -82,8 +82,7 @@ impl Instance {
     async fn begin_merge(&mut self, hurry: bool) {
         if self.record.runner_pid.is_none() {
             // No machine can be saved over these any more.
-            self.record.memory.clear();
-            self.record.base = None;
+            self.record.forget_memory();
         }
         let Some(merge) = self.next_merge() else { return };
         let live = self.record.runner_pid.is_some() && self.record.are_in_use(&merge.layers);

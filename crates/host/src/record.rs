@@ -71,6 +71,9 @@ pub struct Record {
     /// For how long it stood still when it came, in microseconds.
     #[serde(default)]
     pub moved_pause_us: Option<u64>,
+    /// What is below all of them.
+    #[serde(default)]
+    pub memory_image: Option<RunImage>,
     /// An order to save the machine whose outcome is open.
     #[serde(default)]
     pub save: Option<SaveJournal>,
@@ -154,6 +157,13 @@ pub struct UpdateJournal {
     pub closed: Timestamp,
 }
 
+impl DiskRecord {
+    /// Whether its own writes go at every start.
+    fn is_forgetful(&self) -> bool {
+        self.role == DiskRole::Scratch || (self.role == DiskRole::System && self.writes == SystemWrites::Discard)
+    }
+}
+
 impl Record {
     /// A new instance.
     pub fn new(spec: Spec, user_index: u32) -> Self {
@@ -174,6 +184,7 @@ impl Record {
             leaving: None,
             visiting: None,
             moved_pause_us: None,
+            memory_image: None,
             save: None,
             merge: None,
             done: Vec::new(),
@@ -244,7 +255,7 @@ impl Record {
         self.version_name = Some(manifest.version.clone());
     }
 
-    fn disk_from(&mut self, disk: &Disk, manifest: &Manifest, version: Digest) -> DiskRecord {
+    fn disk_from(&self, disk: &Disk, manifest: &Manifest, version: Digest) -> DiskRecord {
         let appliance = manifest.appliance.clone();
         DiskRecord {
             name: disk.name.clone(),
@@ -256,15 +267,25 @@ impl Record {
         }
     }
 
+    /// Disks that forget begin as the version says, also where its running machine had them in its own way.
+    pub fn forget_warm(&mut self, manifest: &Manifest) {
+        let version = self.version;
+        for disk in manifest.disks.iter() {
+            let fresh = self.disk_from(disk, manifest, version);
+            let own = self.disks.iter_mut().find(|own| own.name == disk.name && own.is_forgetful());
+            if let Some(own) = own {
+                own.image = fresh.image;
+            }
+        }
+    }
+
     /// Gives every disk a top layer that nothing else holds, forgets what is not to be kept, and grows what was
     /// enlarged.
     /// A layer that `is_shared` with another instance stays as it is too.
     pub fn prepare_start(&mut self, is_shared: &dyn Fn(u64) -> bool) {
         for index in 0..self.disks.len() {
             let disk = &mut self.disks[index];
-            let forgetful = disk.role == DiskRole::Scratch
-                || (disk.role == DiskRole::System && disk.writes == SystemWrites::Discard);
-            if forgetful {
+            if disk.is_forgetful() {
                 disk.layers.clear();
             }
             if let Some(size) = self.spec.disk_sizes.get(&disk.name) {

@@ -192,6 +192,7 @@ impl Instance {
             tracing::warn!(why, "the whole memory had to be copied");
         }
         Ok(MachineRecord {
+            image: self.record.memory_image.clone(),
             memory: self.numbers(&saved)?,
             digest: saved.digest,
             epoch: self.record.save.as_ref().map(|save| save.epoch.clone()).ok_or("no order is known for it")?,
@@ -233,8 +234,7 @@ impl Instance {
         match machine {
             Ok(machine) => {
                 let bytes = collective_model::ByteSize(machine.info.bytes);
-                self.record.memory.clear();
-                self.record.base = None;
+                self.record.forget_memory();
                 self.record.suspended = Some(SuspendedRecord { machine, disks });
                 self.set_state(State::Suspended);
                 self.event("suspended", format!("suspended; its memory and devices took {bytes} more"));
@@ -311,6 +311,7 @@ impl Instance {
         if let Some(suspended) = self.record.suspended.take() {
             self.record.base = suspended.machine.memory.last().copied();
             self.record.memory = suspended.machine.memory;
+            self.record.memory_image = suspended.machine.image;
         }
         self.trigger(Trigger::Up);
         self.event("resumed", "it goes on where it was".into());
@@ -328,12 +329,16 @@ impl Instance {
     /// What the runner needs to go on.
     pub(crate) fn resume_config(&self, config: &mut RunConfig) -> Result<(), String> {
         let suspended = self.record.suspended.as_ref().ok_or("nothing was saved")?;
-        let MachineRecord { memory, digest, epoch, memory_mib, cpus, info } = &suspended.machine;
+        let MachineRecord { image, memory, digest, epoch, memory_mib, cpus, info } = &suspended.machine;
         let last = memory.last().ok_or("it has no memory")?;
         // Settings that were changed meanwhile count at the next boot.
         (config.memory_mib, config.cpus) = (*memory_mib, *cpus);
         config.processor = self.context.config.platform.as_ref().and_then(|here| here.to_go_on(&info.platform));
+        let create = self.record.fresh.contains(last);
         config.resume = Some(RunResume {
+            image: image.clone(),
+            create,
+            copy: image.as_ref().filter(|_| create).map(|image| self.context.config.copy_of(&image.root)),
             memory: memory.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
             state: state_path(&self.folder, *last),
             digest: *digest,

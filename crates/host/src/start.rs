@@ -40,8 +40,8 @@ impl Instance {
         if resume {
             self.record.prepare_resume();
         } else {
-            self.record.memory.clear();
-            self.record.base = None;
+            self.record.forget_memory();
+            self.record.forget_warm(&manifest);
             let (folder, arriving) = (self.folder.clone(), self.record.arriving.clone());
             self.record.prepare_start(&|layer| {
                 let path = layer_path(&folder, layer);
@@ -205,7 +205,10 @@ impl Instance {
     }
 
     pub(crate) fn note_images(&self) {
-        let images = self.record.disks.iter().filter_map(|disk| disk.image.clone()).collect();
+        let record = &self.record;
+        let memory = record.suspended.iter().filter_map(|suspended| suspended.machine.image.clone());
+        let memory = memory.chain(record.memory_image.clone());
+        let images = record.disks.iter().filter_map(|disk| disk.image.clone()).chain(memory).collect();
         lock(&self.context.used_images).insert(self.record.spec.id.clone(), images);
     }
 

@@ -60,28 +60,30 @@ impl Instance {
             known: before.iter().flat_map(|backup| &backup.packs).map(run_pack).collect(),
             hashes: hashes.clone(),
             disks: self.record.disks.iter().map(|disk| disk.name.clone()).collect(),
-            whole: Some(WholeOrder {
+            whole: Some(Box::new(WholeOrder {
                 version: self.record.version,
+                memory_image: machine.as_ref().and_then(|machine| machine.image.clone()),
                 memory: machine.iter().flat_map(|m| &m.memory).map(|layer| layer_path(&self.folder, *layer)).collect(),
                 memory_size: machine.as_ref().map_or(0, |machine| machine.memory_mib << 20),
                 touched,
                 files: self.files(machine.as_ref()),
-            }),
+            })),
         };
         let news = self.run_private(Some(id), &key, &order, "encrypting and storing").await?;
         let PrivateNews::Stored { disks, packs, used_bytes, memory, files } = news else {
             return Err(format!("its runner answered something else: {news:?}"));
         };
+        let version = self.record.version;
         let machine = machine.zip(memory).map(|(machine, memory)| WholeMachine {
             memory: memory.root,
             boot: memory.boot,
+            image: machine.image.filter(|image| image.version == version),
             state: machine.digest,
             epoch: machine.epoch,
             memory_mib: machine.memory_mib,
             cpus: machine.cpus,
             info: machine.info,
         });
-        let version = self.record.version;
         let what = |(disk, stored): (&DiskRecord, &StoredDisk)| WholeDisk {
             role: disk.role,
             writes: disk.writes,
@@ -189,7 +191,7 @@ impl Instance {
                 size,
                 becomes: size,
                 layer,
-                image: None,
+                image: machine.image.clone(),
                 boot: machine.boot,
             });
         }
@@ -220,6 +222,7 @@ impl Instance {
             return Err("its runner answered something else".into());
         };
         let suspended = machine.map(|machine| MachineRecord {
+            image: machine.image.clone(),
             memory: vec![memory],
             digest: machine.state,
             epoch: machine.epoch.clone(),
@@ -233,7 +236,7 @@ impl Instance {
         record.disks = disks;
         record.version_name = Some(manifest.version.clone());
         record.checkpoints.clear();
-        record.memory.clear();
+        record.forget_memory();
         record.next_event = record.next_event.max(whole.next_event);
         record.arrived = Some(backup.id.clone());
         record.arriving = Some(arriving);

@@ -17,7 +17,8 @@ use std::time::Duration;
 use collective_api::{Plan, UpdateResult};
 use collective_model::run::{Phase, Request, RunImage};
 use collective_model::{
-    Digest, DiskRole, HealthState, Manifest, OperationId, OperationState, State, Timestamp, Trigger, VersionName,
+    Digest, DiskRole, HealthState, Manifest, OperationId, OperationState, State, StoredImage, Timestamp, Trigger,
+    VersionName,
 };
 use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
@@ -127,10 +128,15 @@ impl Instance {
 
     /// Keeps the cache from dropping what is about to be fetched.
     fn pin_images(&self, manifest: &Manifest, version: Digest) {
-        let image = |root| RunImage { root, appliance: manifest.appliance.clone(), version, boot: None };
+        let image = |disk: StoredImage| RunImage {
+            root: disk.image,
+            appliance: manifest.appliance.clone(),
+            version,
+            boot: None,
+        };
         let mut used = lock(&self.context.used_images);
         let mine = used.entry(self.record.spec.id.clone()).or_default();
-        mine.extend(manifest.images().into_iter().map(image));
+        mine.extend(manifest.disk_images().map(image));
     }
 
     /// Fetches everything that the version lacks here and makes it durable, while the guest goes on.

@@ -349,6 +349,7 @@ impl Instance {
 impl Came {
     fn machine(&self, digest: collective_model::Digest, memory_bytes: u64) -> MachineRecord {
         MachineRecord {
+            image: None,
             memory: vec![self.memory],
             digest,
             epoch: self.hello.epoch.clone(),

@@ -224,6 +224,8 @@ pub enum OperationKind {
     Restart,
     /// Say which blocks the guest read while it booted.
     Trace,
+    /// Say of what the machine is made that is suspended, for whoever makes a version of it on this host.
+    Describe,
     /// Read the end of the guest's serial console.
     Logs {
         /// At most this many lines.
@@ -296,6 +298,7 @@ impl OperationKind {
             Self::Rollback { .. } => "rollback",
             Self::Restart => "restart",
             Self::Trace => "trace",
+            Self::Describe => "describe",
             Self::Logs { .. } => "logs",
             Self::Backup => "backup",
             Self::Restore { .. } => "restore",

@@ -22,6 +22,7 @@ pub mod run_private;
 pub mod schedule;
 mod units;
 mod update;
+mod warm;
 
 pub use digest::{Digest, ParseDigestError};
 pub use health::{HealthCheck, HealthState, HttpProbe};
@@ -32,9 +33,10 @@ pub use instance::{
 pub use lifecycle::{State, Trigger};
 pub use manifest::{
     CloudInit, Cpu, Disk, DiskRole, Firmware, Hardware, MANIFEST_FORMAT, MAX_MANIFEST_BYTES, Manifest, ManifestError,
-    Port, Protocol, Setting, SettingType, Ssh, SystemWrites,
+    Port, Protocol, Setting, SettingType, Ssh, StoredImage, SystemWrites,
 };
 pub use names::{ApplianceName, Name, ParseNameError, Reference, Selector, VersionName};
 pub use recipe::{BuildRecipe, Recipe, RecipeDisk, RecipeError, RecipeHardware};
 pub use units::{ByteSize, ParseUnitError, Span, Timestamp};
 pub use update::{UpdateDecision, UpdateFacts, decide_update};
+pub use warm::{Warm, WarmFile, WarmImage};

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashSet};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ApplianceName, ByteSize, Digest, HealthCheck, Name, Timestamp, VersionName};
+use crate::{ApplianceName, ByteSize, Digest, HealthCheck, Name, Timestamp, VersionName, Warm, WarmFile};
 
 /// The manifest format that this program writes.
 pub const MANIFEST_FORMAT: u32 = 1;
@@ -18,6 +18,8 @@ pub const MAX_MANIFEST_BYTES: usize = 1 << 20;
 const MAX_DISK_BYTES: u64 = 64 << 40;
 /// A machine has at most this many disks beside its seed disk.
 const MAX_DISKS: usize = 16;
+/// A file becomes an image of whole blocks.
+const WHOLE: u64 = 4096;
 
 /// One immutable version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +55,22 @@ pub struct Manifest {
     /// Present if `collective ssh` can log in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ssh: Option<Ssh>,
+    /// Its machine as it was when it was up, if it ships that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warm: Option<Warm>,
+}
+
+/// An image that a version needs, with what it is of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredImage {
+    /// In words.
+    pub what: String,
+    /// The root page.
+    pub image: Digest,
+    /// The page that says what of it is read first.
+    pub boot: Option<Digest>,
+    /// It has at most so many bytes.
+    pub most: u64,
 }
 
 /// The machine.
@@ -320,6 +338,9 @@ impl Manifest {
         if self.ssh.as_ref().is_some_and(|ssh| ssh.port == 0) {
             return unsound("the port of ssh is 0".into());
         }
+        if let Some(warm) = &self.warm {
+            warm.check(&self.disks).map_err(ManifestError::Unsound)?;
+        }
         for (key, setting) in &self.settings {
             check_key(key).map_err(ManifestError::Unsound)?;
             if setting.secret && setting.default.is_some() {
@@ -347,12 +368,32 @@ impl Manifest {
         Ok(all)
     }
 
-    /// All images that the version refers to, each once.
-    pub fn images(&self) -> Vec<Digest> {
-        let mut images: Vec<_> = self.disks.iter().filter_map(|disk| disk.image).collect();
-        images.sort_unstable();
-        images.dedup();
-        images
+    /// The images of its disks, as they are at a boot.
+    pub fn disk_images(&self) -> impl Iterator<Item = StoredImage> {
+        let of_disk = |disk: &Disk| {
+            let what = format!("disk \"{}\"", disk.name);
+            disk.image.map(|image| StoredImage { what, image, boot: disk.boot, most: disk.size.0 })
+        };
+        self.disks.iter().filter_map(of_disk)
+    }
+
+    /// All that the store has to have for it.
+    pub fn images(&self) -> Vec<StoredImage> {
+        let mut all: Vec<_> = self.disk_images().collect();
+        let Some(warm) = &self.warm else { return all };
+        for (disk, warm) in self.disks.iter().zip(&warm.disks) {
+            let what = format!("disk \"{}\" of the running machine", disk.name);
+            all.push(StoredImage { what, image: warm.image, boot: warm.boot, most: disk.size.0 });
+        }
+        let (image, boot) = (warm.memory.image, warm.memory.boot);
+        all.push(StoredImage { what: "the memory".into(), image, boot, most: self.hardware.memory.0 });
+        let of_file = |(what, file): (&str, &WarmFile)| {
+            let most = file.size.next_multiple_of(WHOLE);
+            StoredImage { what: what.into(), image: file.image, boot: None, most }
+        };
+        let vars = warm.uefi_vars.as_ref().map(|vars| ("the variables of UEFI", vars));
+        all.extend([("the devices", &warm.state)].into_iter().chain(vars).map(of_file));
+        all
     }
 }
 

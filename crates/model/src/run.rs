@@ -112,8 +112,18 @@ pub struct Arrival {
 /// A saved machine, on this host. Its disks are those of the run, each under a new layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunResume {
+    /// What is below the layers: a memory that came with the version.
+    #[serde(default)]
+    pub image: Option<RunImage>,
     /// Layers of its memory, oldest first; never written to.
     pub memory: Vec<PathBuf>,
+    /// Where all of the image may be, and is put when it has come, as a file that others go on with too. Only where nothing was
+    /// written over it yet.
+    #[serde(default)]
+    pub copy: Option<PathBuf>,
+    /// Whether the last one may be missing, and is then created, empty.
+    #[serde(default)]
+    pub create: bool,
     /// The file with the rest of it.
     pub state: PathBuf,
     /// That file's digest.

@@ -28,7 +28,7 @@ pub enum PrivateOrder {
         /// The whole instance: what else belongs to it. Then what its disks and memory have of its version's image is
         /// not stored again.
         #[serde(default)]
-        whole: Option<WholeOrder>,
+        whole: Option<Box<WholeOrder>>,
     },
     /// Fetch disks into layers.
     Restore {
@@ -54,6 +54,9 @@ pub enum PrivateOrder {
 pub struct WholeOrder {
     /// The version that the instance has. What disks have of its images stays there: no other version is sure to be kept.
     pub version: Digest,
+    /// What is below the layers of its memory.
+    #[serde(default)]
+    pub memory_image: Option<RunImage>,
     /// Layers of its memory, oldest first; empty: it has none.
     pub memory: Vec<PathBuf>,
     /// The memory's size in bytes.

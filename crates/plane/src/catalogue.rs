@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use collective_api::{ApplianceView, KeyUpdate, PublishVersion, VersionDetail, VersionView};
 use collective_keys::{ChannelPointer, KeyChange, Kind, Pins, Signed};
-use collective_model::{ApplianceName, Digest, Disk, Manifest, Name, Reference, Selector, VersionName};
+use collective_model::{ApplianceName, Digest, Manifest, Name, Reference, Selector, StoredImage, VersionName};
 use collective_store::cache::Cache;
 use collective_store::depot::{Depot, DepotError};
 use collective_store::fetch::{FetchError, FrameStore};
@@ -97,18 +97,17 @@ impl Plane {
         let source = DepotSource { depot: self.depot().clone(), packs: HashMap::from([(*digest, infos.clone())]) };
         let store = FrameStore::new(cache, Arc::new(source));
         store.add_version(&manifest.appliance, digest).await;
-        for disk in &manifest.disks {
-            let Some(image) = disk.image else { continue };
-            let wrong = |why: String| broken(format!("the image of disk \"{}\": {why}", disk.name));
+        for StoredImage { what, image, boot, most } in manifest.images() {
+            let wrong = |why: String| broken(format!("the image of {what}: {why}"));
             let unread = |error: FetchError| match error.is_away() {
                 true => Failure::unavailable(error.to_string()),
                 false => wrong(error.to_string()),
             };
             let map = ImageMap::load(&store, image).await.map_err(unread)?;
-            if map.size > disk.size.0 {
-                return Err(wrong(format!("it has {} bytes, and the disk {}", map.size, disk.size.0)));
+            if map.size > most {
+                return Err(wrong(format!("it has {} bytes, and {most} are possible", map.size)));
             }
-            store.locate_all(&needed(&map, disk)).await.map_err(unread)?;
+            store.locate_all(&needed(&map, boot)).await.map_err(unread)?;
         }
         Ok(infos)
     }
@@ -249,9 +248,9 @@ impl Plane {
     }
 }
 
-/// Frames and pages of a disk whose image is `map`.
-pub(crate) fn needed(map: &ImageMap, disk: &Disk) -> Vec<Digest> {
-    map.frames().chain(map.pages().iter().copied()).chain(disk.boot).collect()
+/// Frames and pages of an image, and the page that says what of it is read first.
+pub(crate) fn needed(map: &ImageMap, boot: Option<Digest>) -> Vec<Digest> {
+    map.frames().chain(map.pages().iter().copied()).chain(boot).collect()
 }
 
 /// The depot as a host sees it.

@@ -217,6 +217,7 @@ impl Plane {
             OperationRequest::Rollback { with_data } => OperationKind::Rollback { with_data },
             OperationRequest::Restart => OperationKind::Restart,
             OperationRequest::Trace => OperationKind::Trace,
+            OperationRequest::Describe => OperationKind::Describe,
             OperationRequest::Logs { lines } => OperationKind::Logs { lines },
             OperationRequest::Backup => OperationKind::Backup,
             OperationRequest::Restore { backup } => {

@@ -166,11 +166,10 @@ impl Plane {
         let mut all = HashSet::new();
         for row in &versions {
             store.add_version(&appliance, &row.digest).await;
-            for disk in &manifest_of(row)?.disks {
-                let Some(image) = disk.image else { continue };
-                let map = ImageMap::load(&store, image).await;
+            for stored in manifest_of(row)?.images() {
+                let map = ImageMap::load(&store, stored.image).await;
                 let unread = |e| Failure::unavailable(format!("cannot read {appliance}:{}: {e}", row.version));
-                all.extend(needed(&map.map_err(unread)?, disk));
+                all.extend(needed(&map.map_err(unread)?, stored.boot));
             }
         }
         let mut packs = HashMap::new();

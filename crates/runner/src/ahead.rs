@@ -5,6 +5,7 @@
 //! comes at once in the order of the packs.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -32,6 +33,10 @@ const REHEARSE_FOR: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What is fetched at once beside a guest that may wait for something else should take about so long.
 const PART: Duration = Duration::from_millis(500);
+/// The version's memory is copied in steps of so many bytes,
+const COPY_STEP: u64 = 1 << 20;
+/// if so many are free still afterwards.
+const SPACE_FOR_OTHERS: u64 = 1 << 30;
 /// After a failure.
 const PAUSE: Duration = Duration::from_secs(3);
 
@@ -39,27 +44,55 @@ const PAUSE: Duration = Duration::from_secs(3);
 pub(crate) async fn fetch(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Option<Arc<Disk>>) {
     let images = disks.iter().chain(&memory).filter_map(|disk| disk.image());
     let all: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
-    let arrives = shared.arrival.is_some();
+    // With what is read first here, it is as fast as from a disk, or needs something that nobody foresaw.
+    let limit = shared.config.health.as_ref().map_or(UP_WITHOUT_CHECK, |check| check.limit.0);
+    if let Some(arrival) = &shared.arrival {
+        until_up(&shared, limit).await;
+        gently(&shared, &all).await;
+        return settle(&shared, arrival).await;
+    }
     let first = wanted_first(&shared, &disks, memory.as_ref()).await;
-    if arrives || !first.is_empty() {
+    if !first.is_empty() {
         until_here(&shared, &first, Pace::AHEAD, &all).await;
-        // With all of that here, it is as fast as from a disk, or needs something that nobody foresaw.
-        let limit = shared.config.health.as_ref().map_or(UP_WITHOUT_CHECK, |check| check.limit.0);
         until_up(&shared, limit).await;
     }
-    if arrives {
-        gently(&shared, &all, &all).await;
-    }
     until_here(&shared, &all, Pace::BESIDE, &all).await;
-    if let Some(arrival) = &shared.arrival {
-        settle(&shared, arrival).await;
+    let copy = shared.config.resume.as_ref().and_then(|resume| resume.copy.as_ref()).filter(|copy| !copy.exists());
+    if let (Some(copy), Some(memory)) = (copy, &memory) {
+        let kept = keep_copy(&shared, memory, copy).await;
+        // The next one reads it as this one did.
+        kept.unwrap_or_else(|error| tracing::warn!(%error, "the version's memory cannot be kept for others"));
     }
+}
+
+/// Puts the memory of a version into a file, for the next ones that go on with it.
+async fn keep_copy(shared: &Shared, memory: &Disk, copy: &Path) -> std::io::Result<()> {
+    // What this machine reads is noted at its own disk.
+    let image = Disk::open_frozen(memory.size(), memory.image().cloned(), shared.store.clone(), &[]);
+    let image = image.map_err(std::io::Error::other)?;
+    std::fs::create_dir_all(copy.parent().unwrap_or(Path::new(".")))?;
+    if shared.store.cache().space()? < image.size() + SPACE_FOR_OTHERS {
+        return Ok(());
+    }
+    let part = copy.with_extension(shared.config.instance.as_str());
+    let file = std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&part)?;
+    file.set_len(image.size())?;
+    let mut at = 0;
+    while let Some(range) = image.next_data(at) {
+        let length = (range.end - range.start).min(COPY_STEP);
+        let content = image.read(range.start, length as usize).await?;
+        file.write_all_at(&content, range.start)?;
+        at = range.start + length;
+    }
+    tokio::task::spawn_blocking(move || file.sync_all()).await.map_err(std::io::Error::other)??;
+    std::fs::rename(&part, copy)
 }
 
 /// Fetches what a machine that arrives reads first, before it goes on. A guest whose processor waits for a page cannot do
 /// anything else, while its clocks run on: all its timers are due at once, and touch what nobody foresaw.
 pub(crate) async fn before_it_goes_on(shared: &Shared, disks: &[Arc<Disk>], memory: Option<&Arc<Disk>>) {
-    if shared.arrival.is_some() {
+    let is_warm = shared.config.resume.as_ref().is_some_and(|resume| resume.image.is_some());
+    if shared.arrival.is_some() || is_warm {
         let images = disks.iter().chain(memory).filter_map(|disk| disk.image());
         let all: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
         count(shared, &all).await;
@@ -75,7 +108,8 @@ async fn wanted_first(shared: &Shared, disks: &[Arc<Disk>], memory: Option<&Arc<
     let of_disk = |run: &RunDisk| lowest(&run.layers).or_else(|| run.image.as_ref()?.boot);
     let resume = shared.config.resume.as_ref();
     let traces = shared.config.disks.iter().map(of_disk);
-    let memory = memory.map(|disk| (disk, resume.and_then(|resume| lowest(&resume.memory))));
+    let memory = memory
+        .map(|disk| (disk, resume.and_then(|resume| lowest(&resume.memory).or_else(|| resume.image.as_ref()?.boot))));
     let mut frames = Vec::new();
     // Without its memory a machine does not even come to its disks.
     for (disk, page) in memory.into_iter().chain(disks.iter().zip(traces)) {
@@ -154,8 +188,8 @@ async fn boot_trace(shared: &Shared, page: &Digest) -> Result<Trace, FetchError>
 
 /// As [`until_here`], in parts that take about half a second each: whatever the link, a guest that waits for something else
 /// does not wait long.
-async fn gently(shared: &Shared, frames: &[Digest], all: &[Digest]) {
-    let (mut rest, mut count) = (frames, 1);
+async fn gently(shared: &Shared, all: &[Digest]) {
+    let (mut rest, mut count) = (all, 1);
     while !rest.is_empty() {
         let (part, others) = rest.split_at(count.min(rest.len()));
         let begun = Instant::now();
@@ -232,7 +266,9 @@ pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: O
     let names = shared.config.disks.iter().map(|disk| disk.name.to_string()).chain([MEMORY.to_owned()]);
     let traces = disks.iter().chain(&memory).map(|disk| disk.stop_recording());
     let traces: BTreeMap<String, Trace> = names.zip(traces).collect();
-    if !up {
+    // Pages that are shared with others are read without anybody noting it.
+    let unseen = memory.is_some() && traces.get(MEMORY).is_none_or(|trace| trace.0.is_empty());
+    if !up || unseen {
         return;
     }
     let blocks: u32 = traces.values().flat_map(|trace| &trace.0).map(|(_, count)| count).sum();

@@ -17,6 +17,7 @@ mod private;
 mod probe;
 mod receive;
 mod save;
+mod saved;
 mod send;
 mod serve;
 mod state;
@@ -33,6 +34,7 @@ use tokio::io::AsyncWrite;
 
 pub use platform::platform;
 pub use private::OpenVault;
+pub use saved::{Reader, SavedMachine, as_image, open_saved};
 pub use state::NotStarted;
 
 /// The file of the memory beside those of the disks; not a name that a disk can have.

@@ -1,11 +1,13 @@
 //! From `run.json` to the machine's end: disks, mount, QEMU, and the loop that waits for what happens.
 
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_model::run::{EndKind, Leave, Phase, Platform, RunConfig, RunDisk, RunEnd, SaveStatus, Saved};
+use collective_model::run::{
+    EndKind, Leave, Phase, Platform, RunConfig, RunDisk, RunEnd, RunImage, RunResume, SaveStatus, Saved,
+};
 use collective_model::{Firmware, Timestamp};
 use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
@@ -13,7 +15,7 @@ use collective_store::image::ImageMap;
 use collective_vmm as vmm;
 use collective_volume::{Disk, File, Layer, Mount};
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::gate::Gate;
@@ -78,11 +80,14 @@ async fn start(
     if let Some(receiving) = shared.config.receiving.clone() {
         return receive::receive(layout, shared, &receiving, inbox).await;
     }
-    let memory = open_memory(&shared)?;
+    let memory = open_memory(&shared).await?;
     shared.memory().clone_from(&memory);
-    let mount = mount(layout, &shared.config, &disks, memory.clone())?;
+    let backing = shared.config.resume.as_ref().and_then(|resume| backing(&shared.config, resume));
+    let singly = backing.is_none();
+    let shown = memory.clone().map(|memory| (memory, backing));
+    let mount = mount(layout, &shared.config, &disks, shown, shared.memory_waits.clone())?;
     ahead::before_it_goes_on(&shared, &disks, memory.as_ref()).await;
-    match launch(layout, &shared).await {
+    match launch(layout, &shared, singly).await {
         Ok((vm, events, saver)) => {
             let to = if memory.is_some() { layout.touched() } else { layout.trace() };
             tokio::spawn(ahead::record(shared.clone(), disks.clone(), memory.clone(), to));
@@ -108,7 +113,7 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
         let (arrives, layers) = shared.arrives(&disk.layers);
         let image = match arrives {
             Some(image) => Some(image),
-            None => load_image(shared, disk).await.map_err(|e| wrong(e.to_string()))?,
+            None => load_image(shared, disk.image.as_ref()).await.map_err(|e| wrong(e.to_string()))?,
         };
         let opened = Disk::open(disk.size, image, shared.store.clone(), layers);
         let mut opened = opened.map_err(|e| wrong(e.to_string()))?;
@@ -121,17 +126,27 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
 }
 
 /// The memory that the machine goes on with.
-fn open_memory(shared: &Shared) -> Result<Option<Arc<Disk>>, NotStarted> {
+async fn open_memory(shared: &Shared) -> Result<Option<Arc<Disk>>, NotStarted> {
     let Some(resume) = &shared.config.resume else { return Ok(None) };
     let size = shared.config.memory_mib << 20;
-    let (image, layers) = shared.arrives(&resume.memory);
+    if let Some(last) = resume.memory.last().filter(|last| resume.create && !last.exists()) {
+        Layer::create(last, size).map_err(NotStarted::step("a layer for its memory cannot be made"))?;
+    }
+    let (arrives, layers) = shared.arrives(&resume.memory);
+    let image = match arrives {
+        Some(image) => Some(image),
+        None => {
+            let loaded = load_image(shared, resume.image.as_ref()).await;
+            loaded.map_err(NotStarted::step("the memory that came with its version is not to be had"))?
+        }
+    };
     let opened = Disk::open_frozen(size, image, shared.store.clone(), layers);
     opened.map(|disk| Some(Arc::new(disk))).map_err(NotStarted::step("the saved memory cannot be opened"))
 }
 
 /// Reads the image's index; waits for a store that is away, and says so in the status.
-async fn load_image(shared: &Shared, disk: &RunDisk) -> Result<Option<Arc<ImageMap>>, FetchError> {
-    let Some(image) = &disk.image else { return Ok(None) };
+async fn load_image(shared: &Shared, image: Option<&RunImage>) -> Result<Option<Arc<ImageMap>>, FetchError> {
+    let Some(image) = image else { return Ok(None) };
     shared.store.add_version(&image.appliance, &image.version).await;
     loop {
         match ImageMap::load(&shared.store, image.root).await {
@@ -148,11 +163,27 @@ async fn load_image(shared: &Shared, disk: &RunDisk) -> Result<Option<Arc<ImageM
     }
 }
 
+/// A file that is all of the memory, and not this machine's alone: that of a version, or the only layer of clones. What a
+/// rehearsal reads has to be seen.
+fn backing(config: &RunConfig, resume: &RunResume) -> Option<std::fs::File> {
+    if config.rehearsal || config.arriving.is_some() {
+        return None;
+    }
+    let layer = || match &resume.memory[..] {
+        [only] if resume.image.is_none() && std::fs::metadata(only).is_ok_and(|found| found.nlink() > 1) => Some(only),
+        _ => None,
+    };
+    let path = resume.copy.as_ref().filter(|copy| copy.exists()).or_else(layer)?;
+    let opened = std::fs::File::open(path);
+    opened.inspect_err(|error| tracing::warn!(%error, "pages of the memory are not shared with others")).ok()
+}
+
 pub(crate) fn mount(
     layout: &Layout,
     config: &RunConfig,
     disks: &[Arc<Disk>],
-    memory: Option<Arc<Disk>>,
+    memory: Option<(Arc<Disk>, Option<std::fs::File>)>,
+    waits: Arc<Notify>,
 ) -> Result<Mount, NotStarted> {
     let guarded = layout.guarded();
     let prepare = || -> std::io::Result<()> {
@@ -161,14 +192,23 @@ pub(crate) fn mount(
         config.user.map_or(Ok(()), |(uid, gid)| chown(&guarded, Some(uid), Some(gid)))
     };
     prepare().map_err(NotStarted::step("cannot prepare the folder of the disks"))?;
-    let file = |(run, disk): (&RunDisk, &Arc<Disk>)| File { name: run.name.to_string(), disk: disk.clone() };
-    let memory = memory.map(|disk| File { name: MEMORY.into(), disk });
+    let file = |(run, disk): (&RunDisk, &Arc<Disk>)| File {
+        name: run.name.to_string(),
+        disk: disk.clone(),
+        backing: None,
+        waits: None,
+    };
+    let memory = memory.map(|(disk, backing)| File { name: MEMORY.into(), disk, backing, waits: Some(waits) });
     let files = config.disks.iter().zip(disks).map(file).chain(memory).collect();
     Mount::new(&layout.mount(), files, config.user, tokio::runtime::Handle::current())
         .map_err(NotStarted::step("cannot show the disks to QEMU"))
 }
 
-async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::EventReceiver, Saver), NotStarted> {
+async fn launch(
+    layout: &Layout,
+    shared: &Shared,
+    singly: bool,
+) -> Result<(vmm::Vm, vmm::EventReceiver, Saver), NotStarted> {
     let config = &shared.config;
     let resume = |platform: &Platform| {
         let state = config.resume.as_ref().map(|resume| save::load(resume, platform)).transpose();
@@ -177,7 +217,9 @@ async fn launch(layout: &Layout, shared: &Shared) -> Result<(vmm::Vm, vmm::Event
     };
     let (vm, events, platform) = create(layout, shared, resume).await?;
     if config.resume.is_some() {
-        read_singly(&vm, true).await;
+        if singly {
+            read_singly(&vm, true).await;
+        }
         vm.cont().await.map_err(NotStarted::step("the machine does not go on"))?;
         if let Err(error) = vm.announce().await {
             tracing::warn!(%error, "the network is not told where the guest is now");
@@ -238,6 +280,27 @@ pub(crate) async fn create(
     // Before anybody is told that it runs, and may ask for its ports.
     forward(&vm, shared).await?;
     Ok((vm, events, platform))
+}
+
+/// A guest whose processor waits for a page over the network stands still as a whole, and its clocks with it: otherwise all
+/// that was due meanwhile would be done at once, and touch more pages that are not here. QEMU stops its clocks at once, and
+/// its processors when the page has come.
+async fn stand_still(vm: &vmm::Vm) {
+    let stood = match vm.pause().await {
+        Ok(()) => vm.cont().await,
+        failed => failed,
+    };
+    if let Err(error) = stood {
+        tracing::warn!(%error, "the guest's clocks run on while it waits for its memory");
+    }
+}
+
+/// Waits for what was begun, if it was; it is gone then. What is dropped before is still to be waited for.
+async fn end_of<F: Future<Output = ()> + Unpin>(begun: &mut Option<F>) {
+    if let Some(future) = begun {
+        future.await;
+        *begun = None;
+    }
 }
 
 /// Memory is read as the guest touches it, so that what comes over the network and what is noted is what is needed.
@@ -345,6 +408,7 @@ impl Running {
         let never = || Instant::now() + Duration::from_secs(86_400);
         let exit = vm.wait();
         tokio::pin!(exit);
+        let mut still = None;
         let exit = loop {
             tokio::select! {
                 exit = &mut exit => break exit,
@@ -352,7 +416,14 @@ impl Running {
                     tracing::warn!(%error, "the log of the serial line cannot be kept short");
                 },
                 Some(event) = events.recv() => retry = note(shared, event, retry),
+                () = shared.memory_waits.notified(), if still.is_none() && sent_over.is_none() && shared.arrival.is_some() => {
+                    still = Some(Box::pin(stand_still(vm)));
+                }
+                () = end_of(&mut still), if still.is_some() => {}
                 Some(order) = inbox.recv() => {
+                    if !matches!(order, Order::PowerOff) {
+                        end_of(&mut still).await;
+                    }
                     match order {
                         Order::Stop { limit_ms } => {
                             asked = true;
@@ -383,7 +454,9 @@ impl Running {
                                 }
                             }
                             drop(leaving);
-                            sent_over = Some(line);
+                            // Only if it was sent: one that stays is nobody else's.
+                            let leave = shared.status().leave;
+                            sent_over = (leave == Leave::Sent).then_some(line);
                             for order in later {
                                 // They fit: the channel had them.
                                 let _ = shared.orders.try_send(order);
@@ -420,6 +493,7 @@ impl Running {
                 }
                 () = sleep_until(press.unwrap_or_else(never)), if press.is_some() => {
                     press = Some(Instant::now() + PRESS_AGAIN);
+                    end_of(&mut still).await;
                     // A paused guest cannot react. One that another host may have does not go on.
                     go_on(vm, shared).await;
                     if let Err(error) = vm.power_button().await {
@@ -428,6 +502,7 @@ impl Running {
                 }
                 () = sleep_until(retry.unwrap_or_else(never)), if retry.is_some() => {
                     retry = None;
+                    end_of(&mut still).await;
                     go_on(vm, shared).await;
                 }
             }

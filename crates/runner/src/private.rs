@@ -13,8 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use collective_disk::ReadAt;
-use collective_model::run::{Arriving, RunConfig, RunDisk};
+use collective_model::run::{Arriving, RunConfig, RunImage};
 use collective_model::run_private::{
     PrivateNews, PrivateOrder, RunPack, StoredDisk, StoredFile, StoredMemory, WholeOrder,
 };
@@ -22,16 +21,17 @@ use collective_model::{Digest, InstanceId, Name};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::pack::{Pack, TRAILER};
-use collective_store::publish::{DiskReader, KnownBlocks, PackHashes, PackSink, Progress, Publisher};
+use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Progress, Publisher};
 use collective_store::seal::Seal;
 use collective_store::trace::Trace;
-use collective_store::{BLOCK, PackInfo, SourceError, Vault};
+use collective_store::{PackInfo, SourceError, Vault};
 use collective_volume::Disk;
 use rayon::prelude::*;
 use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
-use crate::send::open;
+use crate::saved::{Reader, as_image};
+use crate::send::{image, open};
 use crate::{MEMORY, OpenSource, ahead};
 use restore::{Trouble, restore};
 
@@ -113,17 +113,22 @@ pub(crate) async fn carry_out(
             let store = Arc::new(FrameStore::new(cache, open_source(config)?));
             let disks = open_disks(config, &disks, &store).await?;
             let mut known = recall(vault.as_ref(), &known, &hashes, &seal).await?;
-            let memory = whole.as_ref().map(|whole| open_memory(whole, &store)).transpose()?.flatten();
-            let (out, handle) = (out.clone(), Handle::current());
-            let is_theirs = |disk: &&RunDisk| {
-                let version = disk.image.as_ref().map(|image| image.version);
-                version.is_some() && version == whole.as_ref().map(|whole| whole.version)
+            let memory = match &whole {
+                Some(whole) => open_memory(whole, &store).await?,
+                None => None,
             };
-            let theirs: Vec<Name> = config.disks.iter().filter(is_theirs).map(|disk| disk.name.clone()).collect();
+            let (out, handle) = (out.clone(), Handle::current());
+            let is_theirs = |image: Option<&RunImage>| {
+                image.is_some() && image.map(|image| image.version) == whole.as_ref().map(|whole| whole.version)
+            };
+            let theirs = config.disks.iter().filter(|disk| is_theirs(disk.image.as_ref()));
+            let theirs: Vec<Name> = theirs.map(|disk| disk.name.clone()).collect();
+            let memory_is_theirs = is_theirs(whole.as_ref().and_then(|whole| whole.memory_image.as_ref()));
             let back_up = move || {
+                let theirs = disks.iter().filter(|(name, _)| theirs.contains(name)).map(|(_, disk)| disk);
+                let theirs: Vec<&Disk> = theirs.chain(memory.as_ref().filter(|_| memory_is_theirs)).collect();
                 if !theirs.is_empty() {
-                    let images = disks.iter().filter(|(name, _)| theirs.contains(name));
-                    let images = images.filter_map(|(_, disk)| disk.image());
+                    let images = theirs.iter().filter_map(|disk| disk.image());
                     let frames: Vec<Digest> = images.flat_map(|image| image.frames()).collect();
                     known.learn_elsewhere(&at_hand(store.cache(), &frames, &seal).map_err(|e| e.to_string())?);
                 }
@@ -171,12 +176,14 @@ pub(crate) async fn open_arrival(
     }
 }
 
-fn open_memory(whole: &WholeOrder, store: &Arc<FrameStore>) -> Result<Option<Disk>, String> {
+async fn open_memory(whole: &WholeOrder, store: &Arc<FrameStore>) -> Result<Option<Disk>, String> {
     if whole.memory.is_empty() {
         return Ok(None);
     }
-    let opened = Disk::open_frozen(whole.memory_size, None, store.clone(), &whole.memory);
-    opened.map(Some).map_err(|e| format!("its memory cannot be opened: {e}"))
+    let failed = |e: &dyn std::fmt::Display| format!("its memory cannot be opened: {e}");
+    let image = image(whole.memory_image.as_ref(), store).await.map_err(|e| failed(&e))?;
+    let opened = Disk::open_frozen(whole.memory_size, image, store.clone(), &whole.memory);
+    opened.map(Some).map_err(|e| failed(&e))
 }
 
 /// Names of the blocks of those frames that are in the host's cache, in the owner's words.
@@ -320,10 +327,7 @@ fn back_up(
     let memory = what.memory.map(add).transpose().map_err(failed)?;
     let mut files = Vec::new();
     for (name, path) in what.files.into_iter().flatten() {
-        let mut content = std::fs::read(&path).map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
-        let size = content.len() as u64;
-        // An image has whole sectors.
-        content.resize(content.len().next_multiple_of(BLOCK as usize).max(BLOCK as usize), 0);
+        let (content, size) = as_image(&path).map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
         let root = publisher.add(&content, &[], &Trace::default(), &|_| {}).map_err(failed)?;
         files.push(StoredFile { name, size, root });
     }
@@ -342,47 +346,6 @@ fn add(
     let nothing = Trace::default();
     let root = publisher.add(reader, unused, first.unwrap_or(&nothing), progress)?;
     Ok((root, first.map(|first| publisher.add_trace(first)).transpose()?))
-}
-
-/// A disk for whoever may block.
-struct Reader {
-    disk: Disk,
-    handle: Handle,
-}
-
-impl Reader {
-    fn fill(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let read = match self.disk.try_read(offset, buffer.len())? {
-            Some(read) => read,
-            None => self.handle.block_on(self.disk.read(offset, buffer.len()))?,
-        };
-        if read.len() != buffer.len() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        buffer.copy_from_slice(&read);
-        Ok(())
-    }
-}
-
-impl DiskReader for Reader {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.fill(offset, buffer)
-    }
-    fn size(&self) -> u64 {
-        self.disk.size()
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        Ok(self.disk.next_data(offset))
-    }
-}
-
-impl ReadAt for Reader {
-    fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.fill(offset, buffer)
-    }
-    fn size(&self) -> u64 {
-        self.disk.size()
-    }
 }
 
 /// Sends packs, and remembers what is in them.

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use collective_model::{HealthCheck, HealthState, HttpProbe, Timestamp};
+use collective_model::{HealthCheck, HealthState, HttpProbe, Span, Timestamp};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -14,6 +14,8 @@ use crate::state::Shared;
 const SHOWN: usize = 400;
 /// How often it is tried until it answers, if not more often.
 const FIRST: Duration = Duration::from_millis(500);
+/// A machine that is still arriving is given at least so much time for an answer.
+const WHILE_IT_ARRIVES: Span = Span(Duration::from_secs(300));
 /// A healthy instance is unhealthy after this many failed probes in a row.
 const PATIENCE: u32 = 3;
 
@@ -23,8 +25,9 @@ pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAdd
     let (mut answered, mut failures) = (false, 0);
     shared.status().health = HealthState::Waiting;
     loop {
-        let result = tokio::time::timeout(check.timeout.0, probe(at, &check.http)).await;
-        let result = result.unwrap_or_else(|_| Err(format!("no answer within {}", check.timeout)));
+        let timeout = if arrives(&shared) { check.timeout.max(WHILE_IT_ARRIVES) } else { check.timeout };
+        let result = tokio::time::timeout(timeout.0, probe(at, &check.http)).await;
+        let result = result.unwrap_or_else(|_| Err(format!("no answer within {timeout}")));
         {
             let mut status = shared.status();
             match result {
@@ -48,6 +51,11 @@ pub(crate) async fn watch(shared: Arc<Shared>, check: HealthCheck, at: SocketAdd
         let pause = if answered { check.interval.0 } else { check.interval.0.min(FIRST) };
         tokio::time::sleep(pause).await;
     }
+}
+
+/// Whether the machine waits for parts of itself. A request that is given up and made anew would have it touch yet more of these.
+fn arrives(shared: &Shared) -> bool {
+    shared.status().arrival.is_some_and(|arrival| !arrival.complete)
 }
 
 async fn probe(at: SocketAddr, probe: &HttpProbe) -> Result<(), String> {

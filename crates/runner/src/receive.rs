@@ -35,7 +35,8 @@ pub(crate) async fn receive(
     let disks = shared.disks().clone();
     let (memory, tops) = make_layers(&shared, &disks, receiving).map_err(not_made)?;
     shared.memory().clone_from(&Some(memory.clone()));
-    let mount = machine::mount(layout, &shared.config, &disks, Some(memory.clone()))?;
+    let mount =
+        machine::mount(layout, &shared.config, &disks, Some((memory.clone(), None)), shared.memory_waits.clone())?;
     let arrived = async {
         let waiting = |_: &Platform| Ok(Some(collective_vmm::Resume { memory: layout.memory(), state: None }));
         let (vm, events, platform) = machine::create(layout, &shared, waiting).await?;
@@ -67,6 +68,9 @@ pub(crate) async fn receive(
         // It reads memory and disks that are all here, so there is nothing to learn from what it reads first.
         disks.iter().chain([&memory]).for_each(|disk| _ = disk.stop_recording());
         let resume = RunResume {
+            image: None,
+            copy: None,
+            create: false,
             memory: vec![receiving.memory.clone()],
             state: receiving.state.clone(),
             digest: Digest::of(&[]),

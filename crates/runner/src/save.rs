@@ -371,7 +371,15 @@ mod tests {
         let bytes = encode(&state(), "now", &here()).unwrap();
         write_durably(&path, &bytes).unwrap();
         let (memory, digest) = (vec![temp.path().join("7")], Digest::of(&bytes));
-        let resume = RunResume { memory, state: path.clone(), digest, epoch: "now".into() };
+        let resume = RunResume {
+            image: None,
+            memory,
+            create: false,
+            copy: None,
+            state: path.clone(),
+            digest,
+            epoch: "now".into(),
+        };
         assert_eq!(load(&resume, &here()), Ok(state()));
         let mut other = bytes.clone();
         *other.last_mut().unwrap() ^= 1;

@@ -4,9 +4,9 @@ use std::io;
 use std::sync::Arc;
 
 use collective_model::Name;
-use collective_model::run::{RunConfig, RunDisk};
+use collective_model::run::{RunConfig, RunDisk, RunImage};
 use collective_store::cache::Cache;
-use collective_store::fetch::FrameStore;
+use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::ImageMap;
 use collective_store::sparse;
 use collective_volume::Disk;
@@ -30,15 +30,18 @@ pub(crate) async fn send(
 }
 
 pub(crate) async fn open(disk: &RunDisk, store: Arc<FrameStore>) -> io::Result<Disk> {
-    let mut image = None;
-    if let Some(of) = &disk.image {
-        store.add_version(&of.appliance, &of.version).await;
-        image = Some(Arc::new(ImageMap::load(&store, of.root).await.map_err(io::Error::other)?));
-    }
+    let image = image(disk.image.as_ref(), &store).await.map_err(io::Error::other)?;
     // A top layer that was never needed does not exist, and holds nothing.
     let missing = disk.layers.last().is_some_and(|top| disk.create_top && !top.exists());
     let layers = &disk.layers[..disk.layers.len() - usize::from(missing)];
     Disk::open(disk.size, image, store, layers).map_err(io::Error::other)
+}
+
+/// The index of an image.
+pub(crate) async fn image(of: Option<&RunImage>, store: &Arc<FrameStore>) -> Result<Option<Arc<ImageMap>>, FetchError> {
+    let Some(of) = of else { return Ok(None) };
+    store.add_version(&of.appliance, &of.version).await;
+    Ok(Some(Arc::new(ImageMap::load(store, of.root).await?)))
 }
 
 async fn copy(disk: &Disk, out: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {

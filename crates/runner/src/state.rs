@@ -8,7 +8,7 @@ use collective_model::run::{PROTOCOL, Phase, RunConfig, RunStatus, SaveOrder};
 use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
 use collective_volume::Disk;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::gate::Gate;
 use crate::line::Line;
@@ -81,6 +81,8 @@ pub(crate) struct Shared {
     pub disks: Mutex<Vec<Arc<Disk>>>,
     /// The memory that the machine went on with.
     pub memory: Mutex<Option<Arc<Disk>>>,
+    /// A page of it is waited for.
+    pub memory_waits: Arc<Notify>,
     pub gate: Gate,
     pub orders: mpsc::Sender<Order>,
     /// What comes while the machine runs.
@@ -105,6 +107,7 @@ impl Shared {
             store,
             disks: Mutex::default(),
             memory: Mutex::default(),
+            memory_waits: Arc::default(),
             gate,
             orders,
             arrival,

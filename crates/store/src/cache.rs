@@ -106,7 +106,7 @@ impl Cache {
     }
 
     /// Bytes that anybody may still write to the cache's file system.
-    pub(crate) fn space(&self) -> io::Result<u64> {
+    pub fn space(&self) -> io::Result<u64> {
         let found = rustix::fs::statvfs(&self.root)?;
         Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }

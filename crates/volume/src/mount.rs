@@ -3,16 +3,17 @@
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty,
-    ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
+    BackgroundSession, BackingId, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
 };
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use crate::Disk;
 
@@ -30,6 +31,11 @@ pub struct File {
     pub name: String,
     /// What is in it.
     pub disk: Arc<Disk>,
+    /// A local file that begins with exactly that and never changes. Then the kernel reads this one without asking, and keeps
+    /// its pages once for all who are shown it. That takes root and Linux 6.9; else it asks as for others.
+    pub backing: Option<std::fs::File>,
+    /// Told when a read begins to wait for what is not here.
+    pub waits: Option<Arc<Notify>>,
 }
 
 /// Why disks cannot be shown.
@@ -59,7 +65,9 @@ impl Mount {
         config.n_threads = Some(THREADS);
         let ours = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         let count = files.len();
-        let disks = Disks { files, owner: owner.unwrap_or(ours), runtime, flushing: AtomicBool::new(false) };
+        let backings = files.iter().map(|_| OnceLock::new()).collect();
+        let owner = owner.unwrap_or(ours);
+        let disks = Disks { files, backings, owner, runtime, flushing: AtomicBool::new(false) };
         let session = Session::new(disks, path, &config).and_then(Session::spawn);
         let session = session.map_err(|source| MountError { path: path.to_owned(), source })?;
         Ok(Self { session: Some(session), files: count })
@@ -87,6 +95,8 @@ impl Mount {
 
 struct Disks {
     files: Vec<File>,
+    /// What the kernel calls their backing files; none: it does not take it.
+    backings: Vec<OnceLock<Option<BackingId>>>,
     owner: (u32, u32),
     runtime: Handle,
     /// One of the threads waits for a flush.
@@ -101,6 +111,22 @@ impl Disks {
     fn disk(&self, ino: INodeNo) -> Option<&Arc<Disk>> {
         let index = u64::from(ino).checked_sub(2)?;
         self.files.get(index as usize).map(|file| &file.disk)
+    }
+
+    fn waits(&self, ino: INodeNo) -> Option<&Arc<Notify>> {
+        let index = u64::from(ino).checked_sub(2)?;
+        self.files.get(index as usize)?.waits.as_ref()
+    }
+
+    /// The file that the kernel reads in place of asking.
+    fn backing(&self, ino: INodeNo, reply: &ReplyOpen) -> Option<&BackingId> {
+        let index = u64::from(ino).checked_sub(2)? as usize;
+        let file = self.files.get(index)?.backing.as_ref()?;
+        let take = || {
+            let taken = reply.open_backing(file);
+            taken.inspect_err(|error| tracing::info!(%error, "the kernel's pages are not shared with others")).ok()
+        };
+        self.backings.get(index)?.get_or_init(take).as_ref()
     }
 
     fn attr(&self, ino: u64) -> Option<FileAttr> {
@@ -134,6 +160,11 @@ impl Filesystem for Disks {
         let _ = config.set_max_write(1 << 20);
         let _ = config.set_max_background(64);
         let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        if self.files.iter().any(|file| file.backing.is_some()) {
+            let _ = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH);
+            // The backing file may be on a file system that lies on another one itself, as those of containers do.
+            let _ = config.set_max_stack_depth(2);
+        }
         Ok(())
     }
 
@@ -154,6 +185,9 @@ impl Filesystem for Disks {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if let Some(backing) = self.backing(ino, &reply) {
+            return reply.opened_passthrough(FileHandle(0), FopenFlags::empty(), backing);
+        }
         match self.disk(ino) {
             // All changes come through this mount, so what the kernel has cached stays right.
             Some(_) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
@@ -177,6 +211,7 @@ impl Filesystem for Disks {
             Ok(Some(bytes)) => reply.data(&bytes),
             Err(error) => reply.error(errno(&error)),
             Ok(None) => {
+                self.waits(ino).inspect(|waits| waits.notify_one());
                 let disk = disk.clone();
                 self.runtime.spawn(async move {
                     match disk.read(offset, size as usize).await {

@@ -51,7 +51,7 @@ impl Rig {
         let disk = Arc::new(Disk::open(size as u64, Some(image), store.clone(), &[layer]).unwrap());
         let at = folder.path().join("mnt");
         std::fs::create_dir(&at).unwrap();
-        let files = vec![File { name: "system".into(), disk: disk.clone() }];
+        let files = vec![File { name: "system".into(), disk: disk.clone(), backing: None, waits: None }];
         let mount = Some(Mount::new(&at, files, None, runtime.handle().clone()).unwrap());
         shelf.reads.lock().unwrap().clear();
         Some(Self { mount, shelf, store, content, disk, _runtime: runtime, folder })

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Result, bail};
 use collective_api::{ApplianceView, Client, KeyUpdate, PlaneStore, VersionDetail};
 use collective_keys::{KeyChange, Kind, Pins, PublicKey, Signed, SigningKey};
-use collective_model::{ApplianceName, ByteSize, Cpu, Digest, Manifest, Name, Reference};
+use collective_model::{ApplianceName, ByteSize, Cpu, Digest, Manifest, Name, Reference, StoredImage};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
@@ -111,6 +111,9 @@ impl Show {
                 let role = format!("{:?}", disk.role).to_lowercase();
                 ui.line(format!("  disk      {} ({role}), {}", disk.name, ByteSize(disk.size.0)));
             }
+            if let Some(warm) = &manifest.warm {
+                ui.line(format!("  warm      goes on in place of booting, where there is {}", warm.platform));
+            }
             for port in &manifest.ports {
                 ui.line(format!("  port      {} ({})", port.guest, port.name));
             }
@@ -172,15 +175,13 @@ impl Verify {
         store.add_version(&manifest.appliance, &digest).await;
         let mut needed = Vec::new();
         let mut pages = 0;
-        for image in manifest.images() {
-            let map = ImageMap::load(&store, image).await.with_context(|| format!("image {image}"))?;
+        for StoredImage { what, image, boot, .. } in manifest.images() {
+            let map = ImageMap::load(&store, image).await.with_context(|| format!("the image of {what}"))?;
             needed.extend(map.frames());
             needed.extend_from_slice(map.pages());
-            pages += map.pages().len();
+            needed.extend(boot);
+            pages += map.pages().len() + usize::from(boot.is_some());
         }
-        let traces: Vec<Digest> = manifest.disks.iter().filter_map(|disk| disk.boot).collect();
-        needed.extend_from_slice(&traces);
-        pages += traces.len();
         needed.sort_unstable();
         needed.dedup();
         let bar = ui.bytes("verifying", detail.packs.iter().map(|pack| pack.size).sum());

@@ -14,6 +14,7 @@ mod lifecycle;
 mod mount;
 mod moving;
 mod operations;
+mod own_plane;
 mod publish;
 mod reach;
 mod runner;

@@ -84,7 +84,7 @@ async fn open(manifest: &Manifest, store: &Arc<FrameStore>, scratch: &Path) -> R
             None => None,
         };
         let opened = Disk::open(disk.size.0, image, store.clone(), &[layer]).with_context(wrong)?;
-        files.push(File { name: disk.name.to_string(), disk: Arc::new(opened) });
+        files.push(File { name: disk.name.to_string(), disk: Arc::new(opened), backing: None, waits: None });
     }
     Ok(files)
 }

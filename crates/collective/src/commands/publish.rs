@@ -4,6 +4,7 @@
 //! sent again, and the version becomes visible with its manifest, which comes last.
 
 mod known;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,12 +13,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use collective_api::{ApplianceView, ChannelHead, Client, PublishVersion, VersionDetail, VersionView};
 use collective_keys::{ChannelPointer, Kind, Signed, SigningKey};
 use collective_maker::{PreparedDisk, open_disks, read_recipe};
 use collective_model::{
-    ApplianceName, ByteSize, Digest, Disk, Hardware, MANIFEST_FORMAT, Manifest, Name, Recipe, Timestamp, VersionName,
+    ApplianceName, ByteSize, Digest, Disk, Hardware, MANIFEST_FORMAT, Manifest, Name, Recipe, Span, Timestamp,
+    VersionName, Warm,
 };
 use collective_store::pack::Pack;
 use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher, Summary};
@@ -25,9 +27,12 @@ use collective_store::trace::Trace;
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 
+use super::launch::key_value;
+use super::own_plane::{Boot, OwnPlane};
 use crate::connect::config_dir;
 use crate::ui::Ui;
 use known::{Bases, hashes_path, known_blocks, remember};
+pub(super) use warm::Warmed;
 
 /// What `collective trace` writes into the folder of a version.
 pub(super) const BOOT_FILE: &str = "boot.json";
@@ -52,6 +57,15 @@ pub struct Publish {
     /// Compress harder: some 12 % fewer bytes of a first version, for some 27 times the CPU
     #[arg(long)]
     pub(super) small: bool,
+    /// Boot it once, and ship the running machine with the version: hosts go on with it in place of booting
+    #[arg(long)]
+    warm: bool,
+    /// With --warm: a setting to boot with; who launches with another one has it booted
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value, requires = "warm")]
+    set: Vec<(String, String)>,
+    /// With --warm: how long it may take to become healthy
+    #[arg(long, default_value = "15m", requires = "warm")]
+    limit: Span,
 }
 
 /// What became of a publish.
@@ -64,17 +78,61 @@ pub(super) struct Published {
 
 impl Publish {
     pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
-        let published = self.carry_out(ui, client).await?;
+        let published = match self.warm {
+            true => self.carry_out_warm(ui, client).await?,
+            false => self.carry_out(ui, client, None).await?,
+        };
         show(ui, &self.channel, &published);
         Ok(())
     }
 
-    pub(super) async fn carry_out(&self, ui: &Ui, client: &Client) -> Result<Published> {
+    /// A publish of the folder into a plane of its own.
+    pub(super) fn for_a_boot(dir: &Path) -> Result<Self> {
+        Ok(Self {
+            dir: dir.to_owned(),
+            channel: "stable".parse()?,
+            version: Some("boot".parse()?),
+            small: false,
+            warm: false,
+            set: Vec::new(),
+            limit: Span(Duration::ZERO),
+        })
+    }
+
+    /// Boots it first. What is published with its machine already is not booted again: that would give another machine.
+    async fn carry_out_warm(&self, ui: &Ui, client: &Client) -> Result<Published> {
         let recipe = read_recipe(&self.dir)?;
+        let (appliance, version) = (recipe.appliance(), self.version_of(&recipe)?);
+        let known = find(client, &appliance).await?;
+        if let Some(known) = known.iter().flat_map(|view| &view.versions).find(|known| known.version == version) {
+            let detail: VersionDetail = client.get(&format!("/v1/versions/{}", known.digest)).await?;
+            if Manifest::parse(detail.manifest.payload.as_bytes())?.warm.is_none() {
+                bail!(
+                    "version {version} is published without a running machine, and never changes; choose another with --as"
+                );
+            }
+            ui.hint(format!("version {version} is published; its running machine stays as it is"));
+            return self.carry_out(ui, client, None).await;
+        }
+        warm::check(&recipe, &self.set)?;
+        let boot = Boot { dir: &self.dir, settings: &self.set, limit: self.limit };
+        let publish = async |plane: &OwnPlane| {
+            let warmed = warm::make(ui, plane, &recipe, &boot).await?;
+            self.carry_out(ui, client, Some(warmed)).await
+        };
+        OwnPlane::with(&boot, ui, publish).await
+    }
+
+    fn version_of(&self, recipe: &Recipe) -> Result<VersionName> {
         let version = self.version.clone().or_else(|| recipe.version.clone());
-        let version = version.ok_or_else(|| {
+        version.ok_or_else(|| {
             anyhow!("{} names no version: add `version = \"1\"` or use --as", self.dir.join("appliance.toml").display())
-        })?;
+        })
+    }
+
+    pub(super) async fn carry_out(&self, ui: &Ui, client: &Client, warmed: Option<Warmed>) -> Result<Published> {
+        let recipe = read_recipe(&self.dir)?;
+        let version = self.version_of(&recipe)?;
         let appliance = recipe.appliance();
         let disks = open_disks(&self.dir, &recipe)?;
         let boot = boot_traces(&self.dir)?;
@@ -100,8 +158,9 @@ impl Publish {
         };
         let uploads = Uploads::new(client, &appliance)?;
         let bar = ui.bytes("reading", disks.iter().map(|disk| disk.size).sum());
-        let (images, packs, summary) = cut(known, bases, disks, boot, self.small, uploads.clone(), bar).await?;
-        let manifest = manifest(&recipe, &version, images);
+        let what = What { disks, boot, warmed, small: self.small };
+        let (images, warm, packs, summary) = cut(known, bases, what, uploads.clone(), bar).await?;
+        let manifest = Manifest { warm, ..manifest(&recipe, &version, images) };
         manifest.check()?;
         let signed = self.sign(client, manifest, &key, published.as_ref()).await?;
         let digest = signed.digest();
@@ -125,7 +184,9 @@ impl Publish {
         if let Some(same) = same {
             let detail: VersionDetail = client.get(&format!("/v1/versions/{}", same.digest)).await?;
             let old = Manifest::parse(detail.manifest.payload.as_bytes())?;
-            if old == (Manifest { created: old.created, ..manifest.clone() }) && detail.manifest.key == key.public() {
+            // A machine that was shipped with it is another one at each boot.
+            let same = Manifest { created: old.created, warm: old.warm.clone(), ..manifest.clone() };
+            if old == same && detail.manifest.key == key.public() {
                 return Ok(detail.manifest);
             }
         }
@@ -236,6 +297,7 @@ fn manifest(recipe: &Recipe, version: &VersionName, disks: Vec<Disk>) -> Manifes
         settings: recipe.settings.clone(),
         cloud_init: recipe.cloud_init.clone(),
         ssh: recipe.ssh.clone(),
+        warm: None,
     }
 }
 
@@ -313,16 +375,22 @@ impl PackSink for Uploads {
     }
 }
 
+/// What becomes a version.
+struct What {
+    disks: Vec<PreparedDisk>,
+    boot: BTreeMap<Name, Trace>,
+    warmed: Option<Warmed>,
+    small: bool,
+}
+
 /// Cuts all disks on a thread of its own; the packs go out as they are full.
 async fn cut(
     known: KnownBlocks,
     bases: Option<Bases>,
-    disks: Vec<PreparedDisk>,
-    boot: BTreeMap<Name, Trace>,
-    small: bool,
+    What { disks, boot, warmed, small }: What,
     mut uploads: Uploads,
     bar: ProgressBar,
-) -> Result<(Vec<Disk>, Vec<Digest>, Summary)> {
+) -> Result<(Vec<Disk>, Option<Warm>, Vec<Digest>, Summary)> {
     let work = move || -> Result<_> {
         let mut publisher = Publisher::new(known, &mut uploads);
         if small {
@@ -354,9 +422,11 @@ async fn cut(
                 boot: trace.filter(|_| image.is_some()).map(|trace| publisher.add_trace(trace)).transpose()?,
             });
         }
-        let (packs, summary) = publisher.finish().context("cannot finish the upload")?;
         bar.finish_and_clear();
-        Ok((images, packs, summary))
+        let mut publisher = publisher.finely();
+        let warm = warmed.map(|warmed| warmed.add(&mut publisher)).transpose()?;
+        let (packs, summary) = publisher.finish().context("cannot finish the upload")?;
+        Ok((images, warm, packs, summary))
     };
     tokio::task::spawn_blocking(work).await?
 }

@@ -1,5 +1,6 @@
 //! What a record keeps of machines: suspended, kept, being saved.
 
+use collective_model::run::RunImage;
 use collective_model::{BackupId, Checkpoint, CheckpointId, CheckpointMachine, Digest, OperationId, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +18,9 @@ pub struct SuspendedRecord {
 /// Memory and devices of one instant.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MachineRecord {
+    /// What is below the layers of its memory: one that came with its version.
+    #[serde(default)]
+    pub image: Option<RunImage>,
     /// Layers of its memory, oldest first. The file with the rest has the number of the last one.
     pub memory: Vec<u64>,
     /// That file's digest.
@@ -71,6 +75,17 @@ impl Record {
 
     fn epoch(&self) -> Option<&String> {
         self.suspended.as_ref().map(|suspended| &suspended.machine.epoch)
+    }
+
+    /// A layer over a memory that came with a version; its runner creates it.
+    pub fn layer_for_memory(&mut self) -> u64 {
+        self.new_layer()
+    }
+
+    /// What is saved next does not come over what was saved before.
+    pub fn forget_memory(&mut self) {
+        self.memory.clear();
+        (self.base, self.memory_image) = (None, None);
     }
 
     /// A new layer on each disk; they are created by whoever is told of them.

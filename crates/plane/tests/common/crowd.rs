@@ -91,7 +91,7 @@ pub async fn check_all(site: &Site, key: &SigningKey) {
             site.user.get(&format!("/v1/versions/{}", version.digest)).await.unwrap();
         assert_eq!(detail.manifest.key, key.public());
         let manifest = Manifest::parse(detail.manifest.payload.as_bytes()).unwrap();
-        let map = ImageMap::load(&store, manifest.images()[0]).await.unwrap();
+        let map = ImageMap::load(&store, manifest.images()[0].image).await.unwrap();
         store.check(&map.frames().collect::<Vec<_>>(), &|_| {}).await.unwrap();
     }
 }

@@ -259,7 +259,7 @@ impl Maker {
         let manifest = Manifest::parse(manifest.payload.as_bytes()).unwrap();
         let store = FrameStore::new(Cache::open(folder).unwrap(), source);
         store.add_version(appliance, &version).await;
-        let map = ImageMap::load(&store, manifest.images()[0]).await.map_err(said)?;
+        let map = ImageMap::load(&store, manifest.images()[0].image).await.map_err(said)?;
         Ok((store, map))
     }
 }

@@ -70,8 +70,9 @@ impl Bases {
         let store = FrameStore::new(cache, Arc::new(source));
         store.add_version(appliance, &detail.manifest.digest()).await;
         let mut frames = HashSet::new();
-        for image in manifest.images() {
-            let map = ImageMap::load(&store, image).await?;
+        // A host that updates has the disks of the version before, but not what ran on them.
+        for disk in manifest.disk_images() {
+            let map = ImageMap::load(&store, disk.image).await?;
             frames.extend(map.frames().chain(map.pages().iter().copied()));
         }
         Ok(Self { frames, store, runtime: Handle::current() })

@@ -129,6 +129,7 @@ impl Rig {
         let platform =
             Platform { qemu: String::new(), accelerator: String::new(), cpu: String::new(), portable: Vec::new() };
         MachineRecord {
+            image: None,
             memory: [self.record.memory.clone(), vec![number]].concat(),
             digest: collective_model::Digest::of(b""),
             epoch: number.to_string(),
