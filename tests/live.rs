@@ -204,6 +204,10 @@ fn the_host_that_has_it_dies() {
 fn a_thin_link_is_noticed_and_it_is_suspended_for_the_move() {
     let (fleet, link, guest_on_b) = launch_with(&[]);
     let generation = guest_on_b.get("/fill?20");
+    // There and back at once: what it left there is only just being cleared away.
+    for to in ["c", "b", "c", "b"] {
+        assert_eq!(fleet.json(&["move", "n", "--to", to])["live"], true);
+    }
     let dry = fleet.json(&["move", "n", "--to", "c", "--dry-run"]);
     assert_eq!((dry["live"].as_bool(), dry["why_not_live"].is_null()), (Some(true), true), "{dry}");
     assert!(dry["estimate"]["bytes"].as_u64().unwrap() > 20 << 20, "{dry}");

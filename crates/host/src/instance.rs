@@ -38,6 +38,7 @@ pub(crate) enum Command {
     /// Take the machine that comes through a tunnel while it runs elsewhere.
     Visit {
         operation: OperationId,
+        spec: Box<Spec>,
         tunnel: Dial,
     },
     /// Send a disk through a tunnel that opens once the sender is at work.
@@ -111,6 +112,24 @@ impl Instance {
     pub async fn run(mut self) {
         self.resend_events();
         self.wake_up().await;
+        self.live().await;
+        while self.gone
+            && let Some((operation, spec, tunnel)) = self.next_visit()
+        {
+            // It had hardly gone, and comes back.
+            (self.crashes, self.retry_at) = (0, None);
+            self.begin_anew(*spec, &operation);
+            self.visit(operation, tunnel).await;
+            self.live().await;
+        }
+        // What is sent from here on, the daemon notices.
+        self.inbox.close();
+        while let Some((_, _, tunnel)) = self.next_visit() {
+            tunnel.refuse("what was there before is being cleared away; try again".into()).await;
+        }
+    }
+
+    async fn live(&mut self) {
         while !self.gone {
             self.publish();
             let command = tokio::select! {
@@ -125,7 +144,7 @@ impl Instance {
                 Some(Command::Spec(spec)) => self.take_spec(*spec).await,
                 Some(Command::Operate(operation)) => self.operate(operation).await,
                 Some(Command::Moved(generation)) => self.moved_away(generation).await,
-                Some(Command::Visit { operation, tunnel }) => self.visit(operation, tunnel).await,
+                Some(Command::Visit { operation, tunnel, .. }) => self.visit(operation, tunnel).await,
                 Some(Command::SendDisk { disk, tunnel }) => self.send_disk(&disk, tunnel).await,
                 None => {}
             }
@@ -139,9 +158,13 @@ impl Instance {
             self.checkpoint_if_due().await;
             self.merge_on().await;
         }
-        while let Ok(command) = self.inbox.try_recv() {
-            if let Command::Visit { tunnel, .. } = command {
-                tunnel.refuse("what came earlier was being cleared away there; try again".into()).await;
+    }
+
+    fn next_visit(&mut self) -> Option<(OperationId, Box<Spec>, Dial)> {
+        loop {
+            // Whatever else was wanted was wanted of what has gone.
+            if let Command::Visit { operation, spec, tunnel } = self.inbox.try_recv().ok()? {
+                return Some((operation, spec, tunnel));
             }
         }
     }

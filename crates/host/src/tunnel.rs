@@ -104,9 +104,9 @@ pub(crate) async fn open(client: Arc<Client>, place: Place, order: TunnelOrder) 
             }
         }
         TunnelTarget::Log { lines } => serve_log(&place.run_dir, lines, &dial).await,
-        TunnelTarget::Arrival { operation, .. } => {
+        TunnelTarget::Arrival { operation, spec } => {
             let gone = |_| "the instance is being deleted there".to_owned();
-            place.inbox.send(Command::Visit { operation, tunnel: dial.clone() }).await.map_err(gone)
+            place.inbox.send(Command::Visit { operation, spec, tunnel: dial.clone() }).await.map_err(gone)
         }
         TunnelTarget::Disk { disk } => {
             let gone = |_| "the instance is being deleted".to_owned();

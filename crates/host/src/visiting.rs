@@ -26,7 +26,7 @@ use tokio::time::sleep;
 use crate::instance::Instance;
 use crate::leaving::{Hello, words_in};
 use crate::link;
-use crate::record::{DiskRecord, MachineRecord, SuspendedRecord, Visiting, layer_path, state_path};
+use crate::record::{DiskRecord, MachineRecord, Record, SuspendedRecord, Visiting, layer_path, state_path};
 use crate::sealed::{Receiver, Sender, Side, seal_of};
 use crate::travel::{SSH_KEY, UEFI_VARS};
 use crate::tunnel::Dial;
@@ -52,6 +52,18 @@ struct Came {
 }
 
 impl Instance {
+    /// What was here has gone, and comes back.
+    pub(crate) fn begin_anew(&mut self, spec: Spec, operation: &OperationId) {
+        let visiting = Some(Visiting { operation: operation.clone(), whole: None });
+        self.record = Record { visiting, ..Record::new(spec, self.record.user_index) };
+        (self.expects, self.gone, self.status) = (true, false, None);
+        let created = crate::files::create_folder(&self.folder.join("layers"), 0o700);
+        if let Err(error) = created.and_then(|()| crate::files::create_folder(&self.run_dir, 0o711)) {
+            tracing::warn!(%error, "there is no place for an instance that comes");
+        }
+        self.save_or_log();
+    }
+
     /// Takes the machine that comes through this tunnel.
     pub(crate) async fn visit(&mut self, operation: OperationId, dial: Dial) {
         if !std::mem::take(&mut self.expects) {
