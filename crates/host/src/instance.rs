@@ -61,6 +61,7 @@ pub(crate) struct Instance {
     retry_at: Option<Instant>,
     pub merging: Merging,
     pub clock: Clock,
+    pub host_key: std::sync::OnceLock<String>,
     /// A machine is about to come for it.
     pub expects: bool,
     pub gone: bool,
@@ -101,6 +102,7 @@ impl Instance {
             retry_at: None,
             merging: Merging::default(),
             clock: Clock::default(),
+            host_key: std::sync::OnceLock::new(),
             expects: false,
             gone: false,
         };

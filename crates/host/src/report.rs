@@ -137,6 +137,7 @@ impl Instance {
             resumed: status.resumed,
             moved_pause_us: record.moved_pause_us,
             arrival: self.arrival(),
+            ssh_host_key: self.public_host_key(),
             observed_at: Timestamp::now(),
         }
     }

@@ -183,6 +183,16 @@ impl Instance {
         Ok(key)
     }
 
+    /// The public half of its SSH host key, once it has one, which never changes.
+    pub(crate) fn public_host_key(&self) -> Option<String> {
+        if self.host_key.get().is_none()
+            && let Ok(Some((_, public))) = read_json::<(String, String)>(&self.folder.join("ssh_host_key.json"))
+        {
+            let _ = self.host_key.set(public.trim().to_owned());
+        }
+        self.host_key.get().cloned()
+    }
+
     /// The instance's own UEFI variables, made from the distribution's template at the first start.
     fn uefi_vars(&self) -> std::io::Result<PathBuf> {
         let path = self.uefi_vars_path();

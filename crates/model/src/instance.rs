@@ -420,6 +420,9 @@ pub struct Observed {
     /// How much of it has come to this host; none: all was here when it was started.
     #[serde(default)]
     pub arrival: Option<crate::run::Arrival>,
+    /// The public SSH host key on its seed disk, in OpenSSH's format.
+    #[serde(default)]
+    pub ssh_host_key: Option<String>,
     /// When the host saw this.
     pub observed_at: Timestamp,
 }

@@ -4,7 +4,8 @@
 use std::io::{IsTerminal, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use collective_api::{Client, TunnelTarget};
@@ -18,6 +19,10 @@ use crate::ui::Ui;
 
 /// Ctrl-], which ends a console as it ends telnet and virsh.
 const ESCAPE: u8 = 0x1d;
+
+/// A guest that went on takes up its identity within this time.
+const MEET_LIMIT: Duration = Duration::from_secs(30);
+const MEET_AGAIN: Duration = Duration::from_millis(500);
 
 /// Opens a tunnel into the instance `name`.
 pub async fn tunnel(client: &Client, name: &Name, target: &TunnelTarget) -> Result<collective_api::Tunnel> {
@@ -155,6 +160,7 @@ pub struct Ssh {
 impl Ssh {
     pub async fn run(self, connect: &Connect) -> Result<()> {
         let login = Login::find(&connect.client()?, &self.target).await?;
+        login.meet(connect)?;
         let mut ssh = login.command("ssh", connect)?;
         // What begins with a dash is for ssh itself.
         let options = self.command.iter().take_while(|word| word.starts_with('-')).count();
@@ -188,6 +194,7 @@ impl Cp {
             bail!("one copy goes to or from one instance; copy to this machine first");
         }
         let login = Login::find(&connect.client()?, target).await?;
+        login.meet(connect)?;
         let mut scp = login.command("scp", connect)?;
         scp.args(self.recursive.then_some("-r"));
         for path in &self.paths {
@@ -213,6 +220,8 @@ struct Login {
     id: String,
     user: String,
     port: u16,
+    /// What the guest should show, as its host says.
+    host_key: Option<String>,
 }
 
 impl Login {
@@ -230,12 +239,65 @@ impl Login {
         let manifest = super::catalogue::manifest_of(client, &version).await?;
         let (account, port) = manifest.ssh.map_or(("root".into(), 22), |ssh| (ssh.user.to_string(), ssh.port));
         let user = user.map_or(account, str::to_owned);
-        Ok(Self { name, id: view.spec.id.to_string(), user, port })
+        let host_key = view.observed.and_then(|seen| seen.ssh_host_key);
+        Ok(Self { name, id: view.spec.id.to_string(), user, port, host_key })
     }
 
     /// `ssh` and `scp` look the name up nowhere: the tunnel knows the way, and keys are kept by the instance's id.
     fn destination(&self) -> String {
         format!("{}@{}", self.user, self.name)
+    }
+
+    /// The name of the guest in ssh's list of keys.
+    fn alias(&self) -> String {
+        format!("collective-{}", self.id)
+    }
+
+    /// Before the first login: has ssh believe the key of the guest's seed disk. A guest that went on as another one shows that one's
+    /// for some seconds, and until then has not got the keys of users either.
+    fn meet(&self, connect: &Connect) -> Result<()> {
+        let Some(key) = &self.host_key else { return Ok(()) };
+        let entry = format!("{} {key}\n", self.alias());
+        if std::fs::read_to_string(known_hosts()).is_ok_and(|known| known.contains(&entry)) {
+            return Ok(());
+        }
+        let expected = tempfile::NamedTempFile::new().context("cannot make a file for ssh")?;
+        std::fs::write(expected.path(), &entry)?;
+        let begun = Instant::now();
+        while begun.elapsed() < MEET_LIMIT {
+            // Of an option the first value counts, so these have to come before the usual ones.
+            let usual: Vec<_> = self.command("ssh", connect)?.get_args().map(ToOwned::to_owned).collect();
+            let mut ask = Command::new("ssh");
+            connect.pass_on(&mut ask);
+            let known = format!("UserKnownHostsFile={}", path_option(expected.path())?);
+            for option in [&known, "StrictHostKeyChecking=yes", "BatchMode=yes", "PreferredAuthentications=none"] {
+                ask.arg("-o").arg(option);
+            }
+            let asked = ask.args(usual).arg(self.destination()).arg("true").output();
+            let said = asked.context("cannot run ssh; install the package openssh-client")?;
+            if !String::from_utf8_lossy(&said.stderr).contains("Host key verification failed") {
+                return self.remember(&entry);
+            }
+            std::thread::sleep(MEET_AGAIN);
+        }
+        eprintln!(
+            "{} shows another host key than that of its seed disk; it is believed as any other server's",
+            self.name
+        );
+        Ok(())
+    }
+
+    /// In place of what was remembered of it before.
+    fn remember(&self, entry: &str) -> Result<()> {
+        let path = known_hosts();
+        if path.exists() {
+            let mut forget = Command::new("ssh-keygen");
+            forget.args(["-R", &self.alias(), "-f"]).arg(&path).stdout(Stdio::null()).stderr(Stdio::null());
+            forget.status().context("cannot run ssh-keygen; install the package openssh-client")?;
+        }
+        let file = std::fs::File::options().create(true).append(true).open(&path);
+        let written = file.and_then(|mut file| file.write_all(entry.as_bytes()));
+        written.with_context(|| format!("cannot keep the host key in {}", path.display()))
     }
 
     fn command(&self, program: &str, connect: &Connect) -> Result<Command> {
@@ -244,7 +306,7 @@ impl Login {
         let mut command = Command::new(program);
         connect.pass_on(&mut command);
         let way = format!("{} tunnel {} {}", quote(us), self.name, self.port);
-        let known_hosts = path_option(&config_dir().join("known_hosts"))?;
+        let known_hosts = path_option(&known_hosts())?;
         // Naming one key hides the usual ones; those that do not exist are passed over.
         for usual in ["id_ed25519", "id_ecdsa", "id_rsa"] {
             command.arg("-o").arg(format!("IdentityFile=~/.ssh/{usual}"));
@@ -252,7 +314,7 @@ impl Login {
         for option in [
             // % begins a token of ssh.
             format!("ProxyCommand={}", way.replace('%', "%%")),
-            format!("HostKeyAlias=collective-{}", self.id),
+            format!("HostKeyAlias={}", self.alias()),
             format!("UserKnownHostsFile={known_hosts}"),
             "StrictHostKeyChecking=accept-new".into(),
             format!("IdentityFile={}", path_option(&own_key()?.0)?),
@@ -262,6 +324,11 @@ impl Login {
         }
         Ok(command)
     }
+}
+
+/// Where ssh keeps the keys of guests.
+fn known_hosts() -> PathBuf {
+    config_dir().join("known_hosts")
 }
 
 /// For the shell that ssh starts the tunnel with.
