@@ -70,7 +70,7 @@ fn sequence(seed: u64, steps: u32) {
             }
             _ if dice.roll(2) == 0 => {
                 let to = if fleet.info("n")["host"] == "a" { "b" } else { "a" };
-                fleet.ok(&["move", "n", "--to", to]);
+                fleet.ok(&["move", "n", "--to", to, "--no-live"]);
                 kept.clear();
             }
             _ => {

@@ -212,11 +212,11 @@ fn what_could_not_be_brought_is_moved_again_here_or_elsewhere() {
         let error = fleet.fails(&["resume", "n"]);
         assert!(error.contains("move it again, here or elsewhere"), "{error}");
         std::fs::rename(&elsewhere, &packs).unwrap();
-        fleet.ok(&["move", "n", "--to", host]);
+        fleet.ok(&["move", "n", "--to", host, "--no-live"]);
         guest.sound(&generation);
         assert_eq!(fleet.info("n")["host"], host);
         if host == "b" {
-            fleet.ok(&["move", "n", "--to", "a"]);
+            fleet.ok(&["move", "n", "--to", "a", "--no-live"]);
         }
     }
 }

@@ -118,7 +118,7 @@ impl Story {
             Operation::Checkpoint => vec!["checkpoint", "n"],
             Operation::Restore => vec!["restore", "n", kept.as_deref().unwrap()],
             Operation::Clone => vec!["clone", "n", "--name", &name, "--publish", &port],
-            Operation::Move => vec!["move", "n", "--to", other],
+            Operation::Move => vec!["move", "n", "--to", other, "--no-live"],
             Operation::ResumeThere => vec!["resume", "n", "--host", other],
         };
         let whole = self.takes.get(&operation).copied().unwrap_or(Duration::from_millis(1500));
@@ -141,7 +141,7 @@ impl Story {
             }
             return self.check(&then, death, &[]);
         } else if matches!(operation, Operation::Move | Operation::ResumeThere) && self.host() != other {
-            self.fleet.ok(&["move", "n", "--to", other]);
+            self.fleet.ok(&["move", "n", "--to", other, "--no-live"]);
         }
         if self.state() == "suspended" {
             self.fleet.ok(&["resume", "n"]);

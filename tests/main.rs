@@ -15,6 +15,7 @@ mod house;
 mod import_export;
 mod keeping;
 mod layers;
+mod live;
 mod main_job;
 mod mount;
 mod network;

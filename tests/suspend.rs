@@ -271,11 +271,11 @@ fn a_running_machine_moves_there_and_back() {
 
     let verdict = fleet.json(&["check-host", "n", "--host", "b"]);
     assert_eq!(verdict["memory_goes"], true, "{verdict}");
-    let dry = fleet.json(&["move", "n", "--to", "b", "--dry-run"]);
+    let dry = fleet.json(&["move", "n", "--to", "b", "--no-live", "--dry-run"]);
     assert!(dry["how"].as_str().unwrap().contains("suspended"), "{dry}");
     assert_eq!(fleet.info("n")["host"], "a", "nothing has moved");
     let (ordered, seed) = (now(), lose_the_time(&guest));
-    fleet.ok(&["move", "n", "--to", "b"]);
+    fleet.ok(&["move", "n", "--to", "b", "--no-live"]);
     knows_the_time(&guest, ordered, &seed);
     let info = fleet.info("n");
     assert_eq!(

@@ -294,6 +294,13 @@ pub enum TunnelTarget {
         /// How many lines from before come first.
         lines: u32,
     },
+    /// To a host that gets an instance while it runs: for hosts only.
+    Arrival {
+        /// The order to move it, which the host that has it carries out.
+        operation: OperationId,
+        /// The instance, as the other host has it.
+        spec: Box<Spec>,
+    },
     /// The content of a disk of an instance that is off, as [`collective_store::sparse`] says.
     Disk {
         /// Which.
@@ -317,6 +324,23 @@ pub struct TunnelOrder {
 pub struct TunnelAnswer {
     /// Why the target cannot be reached; none: it is, and the bytes follow.
     pub refused: Option<String>,
+}
+
+/// The body of a host's `POST /v1/hosts/self/operations/ID/stay`, which asks for whether an instance that was to move, and may have,
+/// is its own. If it is, it stays so: the order has failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StayRequest {
+    /// By which ownership it has been its own.
+    pub generation: Generation,
+    /// Why it did not move, as far as is known.
+    pub why: String,
+}
+
+/// Whose it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StayAnswer {
+    /// Another host has it, since this ownership.
+    pub moved: Option<Generation>,
 }
 
 /// Something that happened to an instance.

@@ -46,6 +46,14 @@ pub enum OperationRequest {
     Suspend,
     /// Go on with the machine that was saved.
     Resume,
+    /// Bring the running machine to another host.
+    Live {
+        /// Where to.
+        to: Name,
+        /// Only say how long that would take.
+        #[serde(default)]
+        only_measure: bool,
+    },
     /// Keep what the instance is now, its running machine included.
     Checkpoint {
         /// In the user's words.

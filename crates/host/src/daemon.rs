@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_api::{Client, ClientError, HostFacts, HostOrders, HostReport};
+use collective_api::{Client, ClientError, HostFacts, HostOrders, HostReport, TunnelTarget};
 use collective_model::{InstanceId, OperationId, Spec, TunnelId};
 use collective_store::cache::Cache;
 use collective_store::image::ImageMap;
@@ -15,7 +15,7 @@ use crate::HostConfig;
 use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json};
 use crate::instance::{Command, Instance, record_path};
-use crate::record::Record;
+use crate::record::{Record, Visiting};
 use crate::tunnel::{self, Place};
 
 /// A report goes out at least this often, so that the plane knows that the host is there.
@@ -102,7 +102,7 @@ impl Daemon {
                 Ok(Some(record)) => {
                     self.next_user = self.next_user.max(record.user_index + 1);
                     let id = record.spec.id.clone();
-                    self.spawn(&id, None)?;
+                    self.spawn(&id, None, None)?;
                 }
                 Ok(None) => tracing::warn!(folder = %folder.display(), "a folder without an instance is left alone"),
                 Err(error) => tracing::error!(%error, "an instance is left alone, because its record is damaged"),
@@ -111,15 +111,19 @@ impl Daemon {
         Ok(())
     }
 
-    fn spawn(&mut self, id: &InstanceId, spec: Option<Spec>) -> std::io::Result<()> {
+    /// `comes`: the order by which it comes, and is not ours yet.
+    fn spawn(&mut self, id: &InstanceId, spec: Option<Spec>, comes: Option<OperationId>) -> std::io::Result<()> {
         let data = &self.context.config.data;
         let folder = data.join("instances").join(id.as_str());
         let run_dir = data.join("run").join(&id.as_str()[..16]);
         let (inbox, commands) = mpsc::channel(64);
         let index = self.next_user;
-        let new = || spec.map(|spec| Record::new(spec, index));
-        if let Some(instance) = Instance::open(self.context.clone(), folder, run_dir.clone(), new, commands)? {
+        let expects = comes.is_some();
+        let visiting = comes.map(|operation| Visiting { operation, whole: None });
+        let new = || spec.map(|spec| Record { visiting, ..Record::new(spec, index) });
+        if let Some(mut instance) = Instance::open(self.context.clone(), folder, run_dir.clone(), new, commands)? {
             self.next_user = self.next_user.max(index + 1);
+            instance.expects = expects;
             instance.note_images();
             tokio::spawn(instance.run());
             let place = Place { inbox, run_dir, console: Arc::default() };
@@ -163,7 +167,7 @@ impl Daemon {
                 self.instances.remove(&id);
             }
             if !self.instances.contains_key(&id)
-                && let Err(error) = self.spawn(&id, Some(spec.clone()))
+                && let Err(error) = self.spawn(&id, Some(spec.clone()), None)
             {
                 tracing::error!(%error, instance = %spec.name, "the instance cannot be created; it is tried again");
                 continue;
@@ -191,6 +195,17 @@ impl Daemon {
         let listed: HashSet<_> = orders.tunnels.iter().map(|order| order.id.clone()).collect();
         self.tunnels.retain(|id| listed.contains(id));
         for order in orders.tunnels {
+            if let TunnelTarget::Arrival { operation, spec } = &order.target
+                && !self.tunnels.contains(&order.id)
+                && self.instances.get(&order.instance).is_none_or(|known| known.place.inbox.is_closed())
+            {
+                // It comes, and may be ours later.
+                self.instances.remove(&order.instance);
+                if let Err(error) = self.spawn(&order.instance, Some(Spec::clone(spec)), Some(operation.clone())) {
+                    tracing::error!(%error, instance = %spec.name, "there is no place for an instance that comes");
+                    continue;
+                }
+            }
             if let Some(known) = self.instances.get(&order.instance)
                 && self.tunnels.insert(order.id.clone())
             {

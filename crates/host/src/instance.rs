@@ -36,6 +36,12 @@ pub(crate) enum Command {
     Operate(Operation),
     /// Another host has it since this ownership.
     Moved(Generation),
+    /// Take the machine that comes through a tunnel while it runs elsewhere.
+    Visit {
+        operation: OperationId,
+        spec: Box<Spec>,
+        tunnel: Dial,
+    },
     /// Send a disk through a tunnel that opens once the sender is at work.
     SendDisk {
         disk: Name,
@@ -59,7 +65,9 @@ pub(crate) struct Instance {
     pub merging: Merging,
     pub clock: Clock,
     pub host_key: std::sync::OnceLock<String>,
-    gone: bool,
+    /// A machine is about to come for it.
+    pub expects: bool,
+    pub gone: bool,
 }
 
 /// Where the record of an instance is.
@@ -99,6 +107,7 @@ impl Instance {
             merging: Merging::default(),
             clock: Clock::default(),
             host_key: std::sync::OnceLock::new(),
+            expects: false,
             gone: false,
         };
         instance.save()?;
@@ -109,6 +118,24 @@ impl Instance {
     pub async fn run(mut self) {
         self.resend_events();
         self.wake_up().await;
+        self.live().await;
+        while self.gone
+            && let Some((operation, spec, tunnel)) = self.next_visit()
+        {
+            // It had hardly gone, and comes back.
+            (self.crashes, self.retry_at) = (0, None);
+            self.begin_anew(*spec, &operation);
+            self.visit(operation, tunnel).await;
+            self.live().await;
+        }
+        // What is sent from here on, the daemon notices.
+        self.inbox.close();
+        while let Some((_, _, tunnel)) = self.next_visit() {
+            tunnel.refuse("what was there before is being cleared away; try again".into()).await;
+        }
+    }
+
+    async fn live(&mut self) {
         while !self.gone {
             self.publish();
             let command = match self.waiting.pop_front() {
@@ -126,16 +153,28 @@ impl Instance {
                 Some(Command::Spec(spec)) => self.take_spec(*spec).await,
                 Some(Command::Operate(operation)) => self.operate(operation).await,
                 Some(Command::Moved(generation)) => self.moved_away(generation).await,
+                Some(Command::Visit { operation, tunnel, .. }) => self.visit(operation, tunnel).await,
                 Some(Command::SendDisk { disk, tunnel }) => self.send_disk(&disk, tunnel).await,
                 None => {}
+            }
+            if self.gone {
+                break;
             }
             self.restart_if_due().await;
             if let Err(why) = self.let_users_in().await {
                 tracing::warn!(why, "the ports of a machine that went on stay closed for now");
             }
-            if !self.gone {
-                self.checkpoint_if_due().await;
-                self.merge_on().await;
+            self.checkpoint_if_due().await;
+            self.merge_on().await;
+        }
+    }
+
+    fn next_visit(&mut self) -> Option<(OperationId, Box<Spec>, Dial)> {
+        loop {
+            // Whatever else was wanted was wanted of what has gone.
+            let next = self.waiting.pop_front().or_else(|| self.inbox.try_recv().ok());
+            if let Command::Visit { operation, spec, tunnel } = next? {
+                return Some((operation, spec, tunnel));
             }
         }
     }
@@ -151,13 +190,22 @@ impl Instance {
                 !spec.on && spec.power_serial > record.power_serial && spec.generation >= record.spec.generation
             }
             Command::Operate(order) => matches!(order.kind, OperationKind::Suspend | OperationKind::Delete { .. }),
-            Command::Moved(_) | Command::SendDisk { .. } => false,
+            Command::Moved(_) | Command::Visit { .. } | Command::SendDisk { .. } => false,
         })
     }
 
     /// After a start of the daemon: adopt the runner, or find out what its death left.
     async fn wake_up(&mut self) {
         self.observe().await;
+        if self.record.leaving.is_some() {
+            self.finish_leaving().await;
+        }
+        if self.record.visiting.is_some() && !self.expects {
+            self.finish_visit().await;
+        }
+        if self.gone {
+            return;
+        }
         if self.record.save.is_some() {
             self.finish_save().await;
         }
@@ -257,11 +305,16 @@ impl Instance {
             OperationKind::Suspend => self.suspend(&id).await,
             OperationKind::Push => self.push(&id).await,
             OperationKind::Resume => self.go_on().await,
+            OperationKind::Live { only_measure, .. } => self.leave(&id, only_measure).await,
             OperationKind::Checkpoint { why } => self.keep_present(&id, why).await,
             OperationKind::GoBack { to, disks_only, keep } => self.go_back(&id, to, disks_only, &keep).await,
             OperationKind::Screen { checkpoint } => self.screen(checkpoint),
             OperationKind::Forget { checkpoint } => self.forget(checkpoint),
         };
+        if self.gone && self.record.leaving.is_some() {
+            // Whoever has it tells how it went.
+            return;
+        }
         let state = match result {
             Ok(result) => OperationState::Done { result },
             Err(error) => OperationState::Failed { error },

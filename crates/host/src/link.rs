@@ -9,6 +9,7 @@ use collective_model::Name;
 use collective_model::run::{MAX_MESSAGE_BYTES, Reply, Request, RunEnd, RunStatus};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use zeroize::Zeroizing;
 
 /// A runner answers within this time, or is taken for hung; it never waits for the network to answer.
@@ -109,6 +110,25 @@ pub async fn ask(dir: &Path, request: &Request) -> Result<RunStatus, LinkError> 
     match limit.map_err(LinkError::Silent)? {
         Reply::Status(status) => Ok(*status),
         Reply::Error { message } => Err(LinkError::Refused(message)),
+    }
+}
+
+/// Asks the runner in `dir` for something that takes the whole connection.
+pub async fn hand_over(dir: &Path, request: &Request) -> Result<(BufReader<OwnedReadHalf>, OwnedWriteHalf), LinkError> {
+    let exchange = async {
+        let (reader, mut writer) = UnixStream::connect(dir.join("runner.sock")).await?.into_split();
+        let mut bytes = serde_json::to_vec(request)?;
+        bytes.push(b'\n');
+        writer.write_all(&bytes).await?;
+        let (mut reader, mut line) = (BufReader::with_capacity(1 << 20, reader), Vec::new());
+        (&mut reader).take(MAX_MESSAGE_BYTES as u64).read_until(b'\n', &mut line).await?;
+        Ok((serde_json::from_slice::<Reply>(&line).map_err(std::io::Error::from)?, reader, writer))
+    };
+    let limit = tokio::time::timeout(ANSWER_LIMIT, exchange).await;
+    let limit = limit.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut)));
+    match limit.map_err(LinkError::Silent)? {
+        (Reply::Status(_), reader, writer) => Ok((reader, writer)),
+        (Reply::Error { message }, ..) => Err(LinkError::Refused(message)),
     }
 }
 

@@ -17,6 +17,7 @@ use collective_model::{
     State, SystemWrites, Timestamp, VersionName,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub use chains::MergeJournal;
 pub use machine::{MachineRecord, SaveJournal, StoredRecord, SuspendedRecord};
@@ -61,6 +62,15 @@ pub struct Record {
     /// The last one of these with which the present machine went on; none: it was booted.
     #[serde(default)]
     pub base: Option<u64>,
+    /// An order to bring the running machine elsewhere, whose outcome is open: another host may have it.
+    #[serde(default)]
+    pub leaving: Option<OperationId>,
+    /// The machine comes here while it runs elsewhere, and is not ours before the plane says so.
+    #[serde(default)]
+    pub visiting: Option<Visiting>,
+    /// For how long it stood still when it came, in microseconds.
+    #[serde(default)]
+    pub moved_pause_us: Option<u64>,
     /// What is below all of them.
     #[serde(default)]
     pub memory_image: Option<RunImage>,
@@ -125,6 +135,15 @@ pub struct CheckpointRecord {
     pub machine: Option<MachineRecord>,
 }
 
+/// A machine that comes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Visiting {
+    /// The order.
+    pub operation: OperationId,
+    /// All of it is here and durable: the machine that is suspended here is the one that came.
+    pub whole: Option<Value>,
+}
+
 /// An update between its point of no return and its outcome.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UpdateJournal {
@@ -162,6 +181,9 @@ impl Record {
             arriving: None,
             memory: Vec::new(),
             base: None,
+            leaving: None,
+            visiting: None,
+            moved_pause_us: None,
             memory_image: None,
             save: None,
             merge: None,

@@ -78,6 +78,10 @@ impl Instance {
 
     /// Tells the plane what there is to see, if it changed.
     pub(crate) fn publish(&self) {
+        // Of what is not ours the plane takes no reports.
+        if self.record.visiting.is_some() {
+            return;
+        }
         let observed = self.observed();
         let mut all = lock(&self.context.outbox.observed);
         let same = all
@@ -131,6 +135,7 @@ impl Instance {
             in_store: record.in_store().cloned(),
             arrived: record.arrived.clone(),
             resumed: status.resumed,
+            moved_pause_us: record.moved_pause_us,
             arrival: self.arrival(),
             ssh_host_key: self.public_host_key(),
             observed_at: Timestamp::now(),

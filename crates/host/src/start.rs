@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use collective_keys::SshKey;
+use collective_keys::{OwnerKey, SshKey};
 use collective_model::run::{PROTOCOL, RunConfig, RunDisk};
 use collective_model::{Digest, Firmware, Manifest, State, Timestamp};
 use tokio::time::Instant;
@@ -58,15 +58,25 @@ impl Instance {
         if resume {
             self.resume_config(&mut config)?;
         }
+        self.hand_out(&config, &manifest, key_for_rest).await
+    }
+
+    /// Starts the runner with all that it needs.
+    pub(crate) async fn hand_out(
+        &mut self,
+        config: &RunConfig,
+        manifest: &Manifest,
+        key_for_rest: Option<OwnerKey>,
+    ) -> Result<(), String> {
         let key = self.ssh_host_key().map_err(|e| format!("cannot make its SSH host key: {e}"))?;
-        seed::write(&config.seed, &self.record.spec, &manifest, &key)
+        seed::write(&config.seed, &self.record.spec, manifest, &key)
             .map_err(|e| format!("cannot write its seed disk: {e}"))?;
         if let Some((uid, gid)) = config.user {
             let give = |path: &Path| std::os::unix::fs::chown(path, Some(uid), Some(gid));
             let given = give(&config.seed).and_then(|()| config.uefi_vars.as_deref().map_or(Ok(()), give));
             given.map_err(|e| format!("cannot give its files to its user: {e}"))?;
         }
-        write_json(&self.run_dir.join("run.json"), &config).map_err(|e| format!("cannot write run.json: {e}"))?;
+        write_json(&self.run_dir.join("run.json"), config).map_err(|e| format!("cannot write run.json: {e}"))?;
         let _ = std::fs::remove_file(self.run_dir.join("end.json"));
         let pid = link::spawn(&self.context.config.runner, &self.run_dir, key_for_rest)
             .await
@@ -158,6 +168,7 @@ impl Instance {
             resume: None,
             arriving: self.record.arriving.clone(),
             rehearsal: false,
+            receiving: None,
         })
     }
 
@@ -228,7 +239,7 @@ pub(crate) fn total_memory() -> Option<u64> {
     total.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
-fn check_memory(wanted: u64) -> Result<(), String> {
+pub(crate) fn check_memory(wanted: u64) -> Result<(), String> {
     match total_memory() {
         Some(total) if total < wanted => {
             Err(format!("it needs {} MiB of memory, and this host has {} MiB", wanted >> 20, total >> 20))

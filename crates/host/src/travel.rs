@@ -29,9 +29,9 @@ const AWAY_PAUSE: Duration = Duration::from_secs(1);
 /// The rest of the machine, by its name among the files.
 const STATE: &str = "state";
 /// The instance's SSH host key.
-const SSH_KEY: &str = "ssh-host-key";
+pub(crate) const SSH_KEY: &str = "ssh-host-key";
 /// Its UEFI variables.
-const UEFI_VARS: &str = "uefi-vars";
+pub(crate) const UEFI_VARS: &str = "uefi-vars";
 
 impl Instance {
     /// Puts what the instance is, at rest, into the store, unless it is there.
@@ -122,7 +122,7 @@ impl Instance {
         self.record_backup(id, &backup, &hashes).await
     }
 
-    fn files(&self, machine: Option<&MachineRecord>) -> Vec<(String, std::path::PathBuf)> {
+    pub(crate) fn files(&self, machine: Option<&MachineRecord>) -> Vec<(String, std::path::PathBuf)> {
         let state = machine.and_then(|machine| machine.memory.last()).map(|layer| state_path(&self.folder, *layer));
         let mut files: Vec<_> = state.into_iter().map(|path| (STATE.to_owned(), path)).collect();
         let others = [(SSH_KEY, self.folder.join("ssh_host_key.json")), (UEFI_VARS, self.uefi_vars_path())];

@@ -78,11 +78,11 @@ impl std::fmt::Debug for Dial {
 
 impl Dial {
     /// The target is there.
-    async fn connect(&self) -> Result<Tunnel, ClientError> {
+    pub(crate) async fn connect(&self) -> Result<Tunnel, ClientError> {
         self.client.tunnel(&format!("/v1/hosts/self/tunnels/{}", self.id), &TunnelAnswer::default()).await
     }
 
-    async fn refuse(&self, why: String) {
+    pub(crate) async fn refuse(&self, why: String) {
         let answer = TunnelAnswer { refused: Some(why) };
         let told: Result<(), _> = self.client.post(&format!("/v1/hosts/self/tunnels/{}", self.id), &answer).await;
         if let Err(error) = told {
@@ -104,6 +104,10 @@ pub(crate) async fn open(client: Arc<Client>, place: Place, order: TunnelOrder) 
             }
         }
         TunnelTarget::Log { lines } => serve_log(&place.run_dir, lines, &dial).await,
+        TunnelTarget::Arrival { operation, spec } => {
+            let gone = |_| "the instance is being deleted there".to_owned();
+            place.inbox.send(Command::Visit { operation, spec, tunnel: dial.clone() }).await.map_err(gone)
+        }
         TunnelTarget::Disk { disk } => {
             let gone = |_| "the instance is being deleted".to_owned();
             place.inbox.send(Command::SendDisk { disk, tunnel: dial.clone() }).await.map_err(gone)

@@ -251,6 +251,13 @@ pub enum OperationKind {
     Suspend,
     /// Go on with the machine that was saved.
     Resume,
+    /// Bring the running machine to another host, which owns it from then on.
+    Live {
+        /// Where to.
+        to: Name,
+        /// Only say how long that would take.
+        only_measure: bool,
+    },
     /// Keep what the instance is now, its running machine included.
     Checkpoint {
         /// In the user's words.
@@ -299,6 +306,7 @@ impl OperationKind {
             Self::Receive { .. } => "move",
             Self::Suspend => "suspend",
             Self::Resume => "resume",
+            Self::Live { .. } => "move",
             Self::Checkpoint { .. } => "checkpoint",
             Self::GoBack { .. } => "restore",
             Self::Screen { .. } => "screen",
@@ -406,6 +414,9 @@ pub struct Observed {
     /// Whether the running machine went on with a saved one.
     #[serde(default)]
     pub resumed: bool,
+    /// For how long the machine stood still when it came here running, in microseconds.
+    #[serde(default)]
+    pub moved_pause_us: Option<u64>,
     /// How much of it has come to this host; none: all was here when it was started.
     #[serde(default)]
     pub arrival: Option<crate::run::Arrival>,

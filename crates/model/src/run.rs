@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::run_live::Receiving;
 use crate::run_merge::{MergeOrder, MergeStatus};
 use crate::run_private::{RestoreDisk, RunPack};
 use crate::{ApplianceName, Digest, Firmware, HealthCheck, HealthState, InstanceId, Name, PublishedPort, Timestamp};
@@ -79,6 +80,9 @@ pub struct RunConfig {
     /// Only learn what is read first, and end; also when standard input does.
     #[serde(default)]
     pub rehearsal: bool,
+    /// Go on with a machine that comes while it runs elsewhere, once all of it is here.
+    #[serde(default)]
+    pub receiving: Option<Receiving>,
 }
 
 /// Layers that come from the owner's data in the store while the machine runs, and what is needed for that.
@@ -239,6 +243,19 @@ pub enum Request {
     PowerOff,
     /// Begin to save the machine; how it goes is in the status.
     Save(SaveOrder),
+    /// Bring the machine elsewhere while it runs: the connection carries it from the answer on ([`crate::run_live`]).
+    Leave {
+        /// Names the instant at which it leaves.
+        epoch: String,
+        /// Disks that are sent whole, by their numbers: the other host has no image for them.
+        whole: Vec<u16>,
+        /// Only measure how long it would take.
+        only_measure: bool,
+    },
+    /// Take the machine that comes on this connection.
+    Arrive,
+    /// Nobody else has the machine: go on, if it stands still for having been sent.
+    Stay,
     /// Begin to merge layers of the machine, which goes on with the new one; how it goes is in the status.
     Merge(MergeOrder),
 }
@@ -305,6 +322,9 @@ pub struct RunStatus {
     /// How the last order to merge is going.
     #[serde(default)]
     pub merge: Option<MergeStatus>,
+    /// Whether it is being sent elsewhere.
+    #[serde(default)]
+    pub leave: Leave,
     /// Whether it went on with a saved machine.
     #[serde(default)]
     pub resumed: bool,
@@ -313,6 +333,19 @@ pub struct RunStatus {
     pub arrival: Option<Arrival>,
     /// How it ended, in [`Phase::Ended`].
     pub end: Option<RunEnd>,
+}
+
+/// Whether a machine is being sent elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Leave {
+    /// No.
+    #[default]
+    No,
+    /// It is, and runs.
+    Busy,
+    /// All of it was sent. It stands still until it is known who has it.
+    Sent,
 }
 
 /// Where a run is.

@@ -12,10 +12,10 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use collective_api::{
     CloneRequest, Event, HostOrders, HostReport, HostView, InstancePatch, InstanceView, JoinAnswer, JoinRequest,
-    LaunchRequest, MoveRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StoreStatus,
-    TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
+    LaunchRequest, MoveRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StayAnswer,
+    StayRequest, StoreStatus, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
 };
-use collective_model::{Name, OperationId, TunnelId};
+use collective_model::{Name, OperationId, Spec, TunnelId};
 use collective_store::depot::DepotError;
 use hyper::upgrade::OnUpgrade;
 use serde::Deserialize;
@@ -40,6 +40,9 @@ pub(crate) fn router(plane: Plane) -> Router {
         .route("/v1/hosts/self/report", post(report))
         .route("/v1/hosts/self/orders", get(orders))
         .route("/v1/hosts/self/tunnels/{id}", post(tunnel_answered))
+        .route("/v1/hosts/self/operations/{id}/tunnel", post(tunnel_between))
+        .route("/v1/hosts/self/operations/{id}/take", post(take))
+        .route("/v1/hosts/self/operations/{id}/stay", post(stay))
         .route("/v1/instances", get(instances).post(launch))
         .route("/v1/instances/{name}", get(instance).patch(change))
         .route("/v1/instances/{name}/power", post(power))
@@ -271,6 +274,30 @@ async fn open_tunnel(
     let user = stream.0.ok_or_else(|| Failure::invalid("a tunnel needs a connection that can be upgraded"))?;
     splice(user, plane.open_tunnel(&parse(&name)?, target).await?);
     Ok(switching())
+}
+
+async fn tunnel_between(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(id): Path<String>,
+    stream: Stream,
+) -> Answer<Response> {
+    let from = stream.0.ok_or_else(|| Failure::invalid("a tunnel needs a connection that can be upgraded"))?;
+    splice(from, plane.tunnel_between(caller.host()?, &parse(&id)?).await?);
+    Ok(switching())
+}
+
+async fn take(State(plane): State<Plane>, caller: Caller, Path(id): Path<String>) -> Answer<Json<Spec>> {
+    Ok(Json(plane.take(caller.host()?, &parse(&id)?).await?))
+}
+
+async fn stay(
+    State(plane): State<Plane>,
+    caller: Caller,
+    Path(id): Path<String>,
+    Json(request): Json<StayRequest>,
+) -> Answer<Json<StayAnswer>> {
+    Ok(Json(plane.stay(caller.host()?, &parse(&id)?, request).await?))
 }
 
 async fn tunnel_answered(

@@ -226,6 +226,10 @@ impl Plane {
             OperationRequest::Push => OperationKind::Push,
             OperationRequest::Suspend => OperationKind::Suspend,
             OperationRequest::Resume => OperationKind::Resume,
+            OperationRequest::Live { to, only_measure } => {
+                self.may_move_live(&row, &to).await?;
+                OperationKind::Live { to, only_measure }
+            }
             OperationRequest::Checkpoint { why } => OperationKind::Checkpoint { why: checked_words(why)? },
             OperationRequest::GoBack { to, disks_only, keep } => {
                 if !keep.is_empty() && !disks_only {

@@ -15,6 +15,7 @@ mod http;
 mod http_private;
 mod http_store;
 mod instances;
+mod live;
 mod movement;
 mod place;
 mod private;

@@ -58,7 +58,7 @@ impl Plane {
         backup.filter(|backup| backup.whole.is_some()).ok_or_else(|| "the store has lost what it is".to_owned())
     }
 
-    async fn fits(
+    pub(crate) async fn fits(
         &self,
         row: &InstanceRow,
         host: &Name,

@@ -44,8 +44,12 @@ impl Plane {
 
     /// What a host needs for a backup or a restore that it was told to make.
     pub(crate) async fn private_grant(&self, host: &Name, id: &OperationId) -> Answer<PrivateGrant> {
+        if self.comes_to(host, id).await? {
+            return Ok(PrivateGrant { key: self.current_key().await?, backup: None });
+        }
         let (operation, _) = self.ordered(host, id).await?;
         match operation.kind {
+            OperationKind::Live { .. } => Ok(PrivateGrant { key: self.current_key().await?, backup: None }),
             OperationKind::Backup | OperationKind::Suspend | OperationKind::Push => {
                 let key = self.current_key().await?;
                 let newest = self.database().backups(Some(&operation.instance)).await?.into_iter().next();

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use collective_api::{TunnelAnswer, TunnelOrder, TunnelTarget};
-use collective_model::{Name, TunnelId};
+use collective_model::{InstanceId, Name, TunnelId};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::sync::oneshot;
@@ -20,6 +20,9 @@ use crate::problem::{Answer, Failure};
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// More than this many users of one plane do not wait at the same time.
 const MAX_WAITING: usize = 1024;
+
+/// Bytes that are passed on at once.
+const AT_ONCE: usize = 64 << 10;
 
 const NOBODY_WAITS: &str = "nobody waits for this tunnel any more";
 
@@ -58,15 +61,28 @@ impl Tunnels {
 impl Plane {
     /// Waits for the host of an instance to open a tunnel.
     pub(crate) async fn open_tunnel(&self, name: &Name, target: TunnelTarget) -> Answer<OnUpgrade> {
+        if matches!(target, TunnelTarget::Arrival { .. }) {
+            return Err(Failure::forbidden("this is between hosts"));
+        }
         let row = self.row(name).await?;
-        let host = row.host.clone();
+        self.open_tunnel_to(row.host, name, row.spec.id, target).await
+    }
+
+    /// The same to any host.
+    pub(crate) async fn open_tunnel_to(
+        &self,
+        host: Name,
+        name: &Name,
+        instance: InstanceId,
+        target: TunnelTarget,
+    ) -> Answer<OnUpgrade> {
         let hosts = self.database().hosts().await?;
         if !hosts.iter().any(|known| known.name == host && is_reachable(known.seen)) {
             let message = format!("host \"{host}\" of {name} does not answer; try again when it is back");
             return Err(Failure::unavailable(message));
         }
         let id = TunnelId::from_random(random_id()?);
-        let order = TunnelOrder { id: id.clone(), instance: row.spec.id, target };
+        let order = TunnelOrder { id: id.clone(), instance, target };
         let (answer, answered) = oneshot::channel();
         let _listed = {
             let mut waiting = self.inner.tunnels.lock();
@@ -112,7 +128,8 @@ pub(crate) fn splice(user: OnUpgrade, host: OnUpgrade) {
     tokio::spawn(async move {
         let (Ok(user), Ok(host)) = tokio::join!(user, host) else { return };
         let (mut user, mut host) = (TokioIo::new(user), TokioIo::new(host));
-        if let Err(error) = tokio::io::copy_bidirectional(&mut user, &mut host).await {
+        let copied = tokio::io::copy_bidirectional_with_sizes(&mut user, &mut host, AT_ONCE, AT_ONCE).await;
+        if let Err(error) = copied {
             tracing::debug!(%error, "a tunnel broke");
         }
     });

@@ -8,11 +8,14 @@
 
 mod ahead;
 mod gate;
+mod leave;
+mod line;
 mod machine;
 mod merge;
 mod platform;
 mod private;
 mod probe;
+mod receive;
 mod save;
 mod saved;
 mod send;

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective_model::run::{EndKind, Phase, RunConfig, RunDisk, RunEnd, RunImage, RunResume, SaveStatus, Saved};
+use collective_model::run::{
+    EndKind, Leave, Phase, Platform, RunConfig, RunDisk, RunEnd, RunImage, RunResume, SaveStatus, Saved,
+};
 use collective_model::{Firmware, Timestamp};
 use collective_store::cache::Cache;
 use collective_store::fetch::{FetchError, FrameStore};
@@ -20,7 +22,7 @@ use crate::gate::Gate;
 use crate::platform;
 use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
-use crate::{Layout, MEMORY, Ways, ahead, private, probe, serve};
+use crate::{Layout, MEMORY, Ways, ahead, leave, private, probe, receive, serve};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
@@ -33,20 +35,20 @@ const OVMF_CODE: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVM
 
 /// Runs the machine to its end.
 pub(crate) async fn run(layout: &Layout, config: RunConfig, ways: &Ways<'_>) -> RunEnd {
-    let (orders, inbox) = mpsc::channel(8);
-    match start(layout, config, ways, orders).await {
+    let (orders, mut inbox) = mpsc::channel(8);
+    match start(layout, config, ways, orders, &mut inbox).await {
         Ok(running) => running.see_to_its_end(inbox).await,
         Err(error) => RunEnd::now(EndKind::NotStarted, error.to_string()),
     }
 }
 
-struct Running {
-    shared: Arc<Shared>,
-    vm: vmm::Vm,
-    events: vmm::EventReceiver,
-    saver: Saver,
-    mount: Mount,
-    layout: Layout,
+pub(crate) struct Running {
+    pub shared: Arc<Shared>,
+    pub vm: vmm::Vm,
+    pub events: vmm::EventReceiver,
+    pub saver: Saver,
+    pub mount: Mount,
+    pub layout: Layout,
 }
 
 async fn start(
@@ -54,6 +56,7 @@ async fn start(
     config: RunConfig,
     ways: &Ways<'_>,
     orders: mpsc::Sender<Order>,
+    inbox: &mut mpsc::Receiver<Order>,
 ) -> Result<Running, NotStarted> {
     let source = (ways.open_source)(&config).map_err(NotStarted::step("cannot open the store"))?;
     let cache = Cache::open(&config.cache).map_err(NotStarted::step("cannot open the host's cache"))?;
@@ -74,6 +77,9 @@ async fn start(
 
     let disks = open_disks(&shared).await?;
     *shared.disks() = disks.clone();
+    if let Some(receiving) = shared.config.receiving.clone() {
+        return receive::receive(layout, shared, &receiving, inbox).await;
+    }
     let memory = open_memory(&shared).await?;
     shared.memory().clone_from(&memory);
     let backing = shared.config.resume.as_ref().and_then(|resume| backing(&shared.config, resume));
@@ -172,7 +178,7 @@ fn backing(config: &RunConfig, resume: &RunResume) -> Option<std::fs::File> {
     opened.inspect_err(|error| tracing::warn!(%error, "pages of the memory are not shared with others")).ok()
 }
 
-fn mount(
+pub(crate) fn mount(
     layout: &Layout,
     config: &RunConfig,
     disks: &[Arc<Disk>],
@@ -204,37 +210,12 @@ async fn launch(
     singly: bool,
 ) -> Result<(vmm::Vm, vmm::EventReceiver, Saver), NotStarted> {
     let config = &shared.config;
-    let qemu = vmm::find_qemu().await.map_err(NotStarted::step("cannot find QEMU"))?;
-    let accelerator = if config.force_tcg {
-        vmm::Accelerator::Tcg { why: "this host was told not to use KVM".into() }
-    } else {
-        vmm::detect_accelerator()
+    let resume = |platform: &Platform| {
+        let state = config.resume.as_ref().map(|resume| save::load(resume, platform)).transpose();
+        let state = state.map_err(NotStarted::step("the saved machine cannot go on here"))?;
+        Ok(state.map(|state| vmm::Resume { memory: layout.memory(), state: Some(state) }))
     };
-    shared.status().accelerator = Some(match &accelerator {
-        vmm::Accelerator::Kvm => "kvm".into(),
-        vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
-    });
-    let (platform, processor) =
-        platform::here(config, &qemu, &accelerator).map_err(NotStarted::step("the guest cannot have its processor"))?;
-    shared.status().processor = Some(platform.cpu.clone());
-    let state = config.resume.as_ref().map(|resume| save::load(resume, &platform)).transpose();
-    let state = state.map_err(NotStarted::step("the saved machine cannot go on here"))?;
-    let options = vmm::LaunchOptions {
-        qemu: qemu.path,
-        run_dir: layout.qemu(),
-        accelerator,
-        processor,
-        user: config.user,
-        seccomp: true,
-        parent_death_kill: true,
-        guard: Some(vmm::GuardPolicy { deny: config.deny.clone(), ..Default::default() }),
-        resume: state.map(|state| vmm::Resume { memory: layout.memory(), state }),
-    };
-    let machine = describe(layout, config)?;
-    let (vm, events) =
-        vmm::Vm::launch(&machine, options).await.map_err(NotStarted::step("the machine does not start"))?;
-    // Before anybody is told that it runs, and may ask for its ports.
-    forward(&vm, shared).await?;
+    let (vm, events, platform) = create(layout, shared, resume).await?;
     if config.resume.is_some() {
         if singly {
             read_singly(&vm, true).await;
@@ -248,14 +229,57 @@ async fn launch(
             save::tell_guest(&vm).await;
         }
     }
-    {
-        let mut status = shared.status();
-        status.phase = Phase::Running;
-        status.resumed = config.resume.is_some();
-        status.qemu_pid = Some(vm.pid());
-        status.started_in_ms = Some(Timestamp::now().since_ms(config.ordered));
-    }
+    it_runs(shared, &vm, config.resume.is_some());
     Ok((vm, events, Saver::new(platform, config.resume.as_ref())))
+}
+
+/// Says that the machine runs.
+pub(crate) fn it_runs(shared: &Shared, vm: &vmm::Vm, resumed: bool) {
+    let mut status = shared.status();
+    status.phase = Phase::Running;
+    status.resumed = resumed;
+    status.qemu_pid = Some(vm.pid());
+    status.started_in_ms = Some(Timestamp::now().since_ms(shared.config.ordered));
+}
+
+/// Starts QEMU. A machine that is gone on with is paused then.
+pub(crate) async fn create(
+    layout: &Layout,
+    shared: &Shared,
+    resume: impl FnOnce(&Platform) -> Result<Option<vmm::Resume>, NotStarted>,
+) -> Result<(vmm::Vm, vmm::EventReceiver, Platform), NotStarted> {
+    let config = &shared.config;
+    let qemu = vmm::find_qemu().await.map_err(NotStarted::step("cannot find QEMU"))?;
+    let accelerator = if config.force_tcg {
+        vmm::Accelerator::Tcg { why: "this host was told not to use KVM".into() }
+    } else {
+        vmm::detect_accelerator()
+    };
+    shared.status().accelerator = Some(match &accelerator {
+        vmm::Accelerator::Kvm => "kvm".into(),
+        vmm::Accelerator::Tcg { why } => format!("tcg: {why}"),
+    });
+    let (platform, processor) =
+        platform::here(config, &qemu, &accelerator).map_err(NotStarted::step("the guest cannot have its processor"))?;
+    shared.status().processor = Some(platform.cpu.clone());
+    let resume = resume(&platform)?;
+    let options = vmm::LaunchOptions {
+        qemu: qemu.path,
+        run_dir: layout.qemu(),
+        accelerator,
+        processor,
+        user: config.user,
+        seccomp: true,
+        parent_death_kill: true,
+        guard: Some(vmm::GuardPolicy { deny: config.deny.clone(), ..Default::default() }),
+        resume,
+    };
+    let machine = describe(layout, config)?;
+    let (vm, events) =
+        vmm::Vm::launch(&machine, options).await.map_err(NotStarted::step("the machine does not start"))?;
+    // Before anybody is told that it runs, and may ask for its ports.
+    forward(&vm, shared).await?;
+    Ok((vm, events, platform))
 }
 
 /// A guest whose processor waits for a page over the network stands still as a whole, and its clocks with it: otherwise all
@@ -372,6 +396,8 @@ impl Running {
     async fn watch(&mut self, inbox: &mut mpsc::Receiver<Order>) -> (EndKind, String, Option<Saved>) {
         let Self { vm, events, shared, saver, .. } = self;
         let mut suspended = None;
+        // Its end would say that we have given up.
+        let mut sent_over = None;
         let mut asked = false;
         let mut forced = false;
         let mut deadline: Option<Instant> = None;
@@ -390,7 +416,7 @@ impl Running {
                     tracing::warn!(%error, "the log of the serial line cannot be kept short");
                 },
                 Some(event) = events.recv() => retry = note(shared, event, retry),
-                () = shared.memory_waits.notified(), if still.is_none() && shared.arrival.is_some() => {
+                () = shared.memory_waits.notified(), if still.is_none() && sent_over.is_none() && shared.arrival.is_some() => {
                     still = Some(Box::pin(stand_still(vm)));
                 }
                 () = end_of(&mut still), if still.is_some() => {}
@@ -413,6 +439,34 @@ impl Running {
                             if shared.arrival.is_some() {
                                 save::tell_guest(vm).await;
                             }
+                        }
+                        Order::Leave { what, mut line } => {
+                            let mut later = Vec::new();
+                            let mut leaving = Box::pin(leave::leave(vm, shared, saver, &what, &mut line));
+                            loop {
+                                tokio::select! {
+                                    () = &mut leaving => break,
+                                    Some(event) = events.recv() => retry = note(shared, event, retry),
+                                    Some(order) = inbox.recv() => match order {
+                                        Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
+                                        other => later.push(other),
+                                    },
+                                }
+                            }
+                            drop(leaving);
+                            // Only if it was sent: one that stays is nobody else's.
+                            let leave = shared.status().leave;
+                            sent_over = (leave == Leave::Sent).then_some(line);
+                            for order in later {
+                                // They fit: the channel had them.
+                                let _ = shared.orders.try_send(order);
+                            }
+                        }
+                        Order::Arrive { .. } => tracing::warn!("a machine came where there is one"),
+                        Order::Stay => {
+                            drop(sent_over.take());
+                            shared.status().leave = Leave::No;
+                            let _ = vm.cont().await;
                         }
                         Order::Merged { layers, target, done } => _ = done.send(saver.replace(&layers, &target)),
                         Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
@@ -440,8 +494,8 @@ impl Running {
                 () = sleep_until(press.unwrap_or_else(never)), if press.is_some() => {
                     press = Some(Instant::now() + PRESS_AGAIN);
                     end_of(&mut still).await;
-                    // A paused guest cannot react.
-                    let _ = vm.cont().await;
+                    // A paused guest cannot react. One that another host may have does not go on.
+                    go_on(vm, shared).await;
                     if let Err(error) = vm.power_button().await {
                         tracing::warn!(%error, "the power button does not work");
                     }
@@ -449,7 +503,7 @@ impl Running {
                 () = sleep_until(retry.unwrap_or_else(never)), if retry.is_some() => {
                     retry = None;
                     end_of(&mut still).await;
-                    let _ = vm.cont().await;
+                    go_on(vm, shared).await;
                 }
             }
         };
@@ -484,6 +538,13 @@ impl Running {
         }
         let _ = std::fs::remove_file(self.layout.socket());
         RunEnd::now(kind, message)
+    }
+}
+
+async fn go_on(vm: &vmm::Vm, shared: &Shared) {
+    let leave = shared.status().leave;
+    if leave == Leave::No {
+        let _ = vm.cont().await;
     }
 }
 

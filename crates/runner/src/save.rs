@@ -77,6 +77,14 @@ impl Saver {
         saved
     }
 
+    /// The guest's memory for whoever sends it elsewhere. What is saved next begins again with what the machine went on with.
+    pub async fn lend(&mut self, vm: &Vm) -> Result<(&mut GuestMemory, &Platform), String> {
+        self.chain = self.base.clone();
+        let memory = attach(&mut self.memory, vm).await?;
+        memory.forget();
+        Ok((memory, &self.platform))
+    }
+
     async fn try_save(
         &mut self,
         vm: &Vm,
@@ -86,10 +94,7 @@ impl Saver {
     ) -> Result<Saved, String> {
         let disks = shared.disks().clone();
         let tops = new_layers(&disks, &order.tops)?;
-        if self.memory.is_none() {
-            self.memory = Some(vm.memory().await.map_err(|e| e.to_string())?);
-        }
-        let memory = self.memory.as_mut().ok_or("the guest's memory is not to be had")?;
+        let memory = attach(&mut self.memory, vm).await?;
         if self.chain.len() >= self.base.len() + MAX_CHAIN {
             memory.forget();
             self.chain = self.base.clone();
@@ -169,6 +174,13 @@ impl Saver {
     }
 }
 
+async fn attach<'a>(memory: &'a mut Option<GuestMemory>, vm: &Vm) -> Result<&'a mut GuestMemory, String> {
+    if memory.is_none() {
+        *memory = Some(vm.memory().await.map_err(|e| e.to_string())?);
+    }
+    memory.as_mut().ok_or_else(|| "the guest's memory is not to be had".into())
+}
+
 /// Copies what the guest wrote while it goes on, until little is left or it writes faster than that.
 fn copy_ahead(memory: &mut GuestMemory, writer: &mut Writer) -> io::Result<()> {
     let mut before = u64::MAX;
@@ -196,7 +208,7 @@ fn new_layers(disks: &[Arc<Disk>], tops: &[PathBuf]) -> Result<Vec<Layer>, Strin
     made.map_err(|e| format!("new layers for its disks cannot be made: {e}"))
 }
 
-fn length(ranges: &[Range<u64>]) -> u64 {
+pub(crate) fn length(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
 }
 
@@ -250,7 +262,7 @@ impl Writer<'_> {
 }
 
 /// Cuts whole pages into runs that are all zeros or have none.
-fn runs(mut pages: &[u8], is_zero: impl Fn(&[u8]) -> bool) -> Vec<&[u8]> {
+pub(crate) fn runs(mut pages: &[u8], is_zero: impl Fn(&[u8]) -> bool) -> Vec<&[u8]> {
     let mut found = Vec::new();
     while !pages.is_empty() {
         let zeros = is_zero(&pages[..BLOCK as usize]);
@@ -262,7 +274,7 @@ fn runs(mut pages: &[u8], is_zero: impl Fn(&[u8]) -> bool) -> Vec<&[u8]> {
     found
 }
 
-fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
     let part = path.with_extension("part");
@@ -274,7 +286,7 @@ fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// `"CLSM"`, `u16` version 1, `u16` 0, `u32` length of a JSON header, the header, and the machine's state in zstd.
-fn encode(state: &MachineState, epoch: &str, platform: &Platform) -> io::Result<Vec<u8>> {
+pub(crate) fn encode(state: &MachineState, epoch: &str, platform: &Platform) -> io::Result<Vec<u8>> {
     let state = state.encode();
     let stored = zstd::bulk::compress(&state, LEVEL)?;
     let header = json!({
@@ -305,7 +317,7 @@ pub(crate) fn load(resume: &RunResume, here: &Platform) -> Result<MachineState, 
     decode(&bytes, &resume.epoch, here)
 }
 
-fn decode(bytes: &[u8], epoch: &str, here: &Platform) -> Result<MachineState, String> {
+pub(crate) fn decode(bytes: &[u8], epoch: &str, here: &Platform) -> Result<MachineState, String> {
     let broken = || "its state is cut short, or of another format".to_owned();
     let rest = bytes.strip_prefix(MAGIC).ok_or_else(broken)?;
     let (length, rest) = rest.split_first_chunk().ok_or_else(broken)?;

@@ -8,8 +8,9 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 
-use crate::merge;
+use crate::line::Line;
 use crate::state::{Order, Shared};
+use crate::{leave, merge};
 
 /// Serves daemons until the runner ends.
 pub(crate) async fn serve(listener: UnixListener, shared: Arc<Shared>) {
@@ -34,6 +35,13 @@ async fn converse(stream: UnixStream, shared: Arc<Shared>) -> io::Result<()> {
             return Ok(());
         }
         let reply = match serde_json::from_slice(&line) {
+            Ok(Request::Leave { epoch, whole, only_measure }) => {
+                let what = leave::What { epoch, whole, only_measure };
+                return hand_over(&shared, Line { reader, writer }, |line| Order::Leave { what, line }).await;
+            }
+            Ok(Request::Arrive) => {
+                return hand_over(&shared, Line { reader, writer }, |line| Order::Arrive { line }).await;
+            }
             Ok(request) => answer(request, &shared).await,
             Err(error) => Reply::Error { message: format!("not a request that this runner knows: {error}") },
         };
@@ -41,6 +49,14 @@ async fn converse(stream: UnixStream, shared: Arc<Shared>) -> io::Result<()> {
         bytes.push(b'\n');
         writer.write_all(&bytes).await?;
     }
+}
+
+/// The machine has the connection from here on.
+async fn hand_over(shared: &Shared, mut line: Line, to: impl FnOnce(Line) -> Order) -> io::Result<()> {
+    let mut bytes = serde_json::to_vec(&Reply::Status(Box::new(shared.snapshot())))?;
+    bytes.push(b'\n');
+    line.writer.write_all(&bytes).await?;
+    shared.orders.send(to(line)).await.map_err(|_| io::Error::other("the machine has ended"))
 }
 
 async fn answer(request: Request, shared: &Arc<Shared>) -> Reply {
@@ -51,6 +67,9 @@ async fn answer(request: Request, shared: &Arc<Shared>) -> Reply {
         Request::Stop { limit_ms } => order(shared, Order::Stop { limit_ms }).await,
         Request::PowerOff => order(shared, Order::PowerOff).await,
         Request::Save(what) => save(shared, what).await,
+        Request::Stay => order(shared, Order::Stay).await,
+        // These have the whole connection.
+        Request::Leave { .. } | Request::Arrive => Err("this is the last thing that is asked on a connection".into()),
         Request::Merge(what) => merge::begin(shared, what),
     };
     match done {

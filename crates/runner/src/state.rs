@@ -11,6 +11,7 @@ use collective_volume::Disk;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::gate::Gate;
+use crate::line::Line;
 use crate::private::Arrival;
 
 /// Why a machine was not started; trying again as it is would not help.
@@ -54,6 +55,17 @@ pub(crate) enum Order {
         done: oneshot::Sender<Result<(), String>>,
     },
     Save(SaveOrder),
+    /// Send it to whoever is at the other end.
+    Leave {
+        what: crate::leave::What,
+        line: Line,
+    },
+    /// It comes from whoever is at the other end.
+    Arrive {
+        line: Line,
+    },
+    /// Nobody else has it.
+    Stay,
     /// These layers of memory are one now.
     Merged {
         layers: Vec<PathBuf>,

@@ -10,8 +10,8 @@ use crate::processor::Processor;
 /// Where QEMU puts its sockets and its log of the serial line.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Paths<'a> {
-    /// Memory to go on with, and the devices for it; else the guest is booted.
-    pub resume: Option<(&'a Path, &'a Path)>,
+    /// Memory to go on with, and the devices for it, unless they come later; else the guest is booted.
+    pub resume: Option<(&'a Path, Option<&'a Path>)>,
     pub qmp_socket: &'a Path,
     pub serial_socket: &'a Path,
     pub serial_log: &'a Path,
@@ -115,7 +115,7 @@ impl Line {
 
     /// Memory that is gone on with is mapped privately: nothing that the guest writes reaches the file. What is left out
     /// of the devices' stream is what comes before and after them in a stream with memory.
-    fn memory(&mut self, mib: u64, resume: Option<(&Path, &Path)>) {
+    fn memory(&mut self, mib: u64, resume: Option<(&Path, Option<&Path>)>) {
         self.option("-global", "migration.send-configuration=off");
         match resume {
             None => self.option("-object", format!("memory-backend-ram,id={RAM},size={mib}M")),
@@ -123,7 +123,8 @@ impl Line {
                 let memory = value(memory);
                 self.option("-object", format!("memory-backend-file,id={RAM},size={mib}M,mem-path={memory},share=off"));
                 self.words(&["-S", "-incoming"]);
-                self.0.push(format!("file:{}", devices.to_string_lossy()));
+                let from = devices.map(|devices| format!("file:{}", devices.to_string_lossy()));
+                self.0.push(from.unwrap_or_else(|| "defer".into()));
             }
         }
     }
@@ -231,7 +232,7 @@ mod tests {
             qmp_socket: Path::new("/run/i/qmp.sock"),
             serial_socket: Path::new("/run/i/serial.sock"),
             serial_log: Path::new("/run/i/serial.log"),
-            resume: Some((Path::new("/v/mem,ory"), Path::new("/run/i/devices"))),
+            resume: Some((Path::new("/v/mem,ory"), Some(Path::new("/run/i/devices")))),
         };
         let processor = Processor::portable("x86-64-v3-intel").unwrap();
         let text = arguments(&example(), (&Accelerator::Kvm, processor), true, paths).join(" ");

@@ -1,23 +1,28 @@
 //! Saving a machine that stands still, and bringing it back: devices by QEMU, memory from outside.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::json;
+use tokio::time::sleep;
 
+use crate::event::RunState;
 use crate::memory::{self, GuestMemory};
 use crate::state::{MachineState, RamBlock, parse_blocks};
 use crate::vm::{Vm, VmError};
 
 /// The guest's memory, by its name in QEMU.
 pub(crate) const RAM: &str = "ram";
+/// Devices are loaded in some milliseconds, and somebody waits.
+const LOADED_RETRY: Duration = Duration::from_millis(1);
 
 /// A machine to be brought back in place of being booted.
 #[derive(Debug, Clone)]
 pub struct Resume {
     /// Its memory: a file as long as the memory, or longer, that is never written to.
     pub memory: PathBuf,
-    /// The rest of it, of the same instant.
-    pub state: MachineState,
+    /// The rest of it, of the same instant; none: it comes later, with [`Vm::bring`].
+    pub state: Option<MachineState>,
 }
 
 impl Vm {
@@ -81,6 +86,24 @@ impl Vm {
             None => Ok(()),
             Some(block) => Err(failed(format!("this machine has the memory \"{}\", and that one had not", block.name))),
         }
+    }
+
+    /// Brings the rest of a machine that was launched without it, whose memory is whole by now. It is paused then: it stands
+    /// where it was saved.
+    pub async fn bring(&self, state: &MachineState) -> Result<(), VmError> {
+        let failed = |reason: String| VmError::Memory { doing: "bring the machine back", reason };
+        self.run_dir().leave_devices(&state.devices, self.user()).map_err(|e| failed(e.to_string()))?;
+        self.notices().recall(state);
+        let path = self.run_dir().devices();
+        self.qmp().execute("migrate-incoming", json!({ "uri": format!("file:{}", path.to_string_lossy()) })).await?;
+        while let RunState::Other(state) = self.status().await? {
+            if state != "inmigrate" && state != "prelaunch" {
+                break;
+            }
+            sleep(LOADED_RETRY).await;
+        }
+        let _ = std::fs::remove_file(path);
+        self.fill_blocks(state).await
     }
 
     /// Tells the network where the guest is now: its switches may have learnt another place.

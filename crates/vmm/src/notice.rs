@@ -45,6 +45,14 @@ impl Notices {
         Self(Mutex::new(notice.collect()))
     }
 
+    /// What the guest of a saved machine was told of last.
+    pub(crate) fn recall(&self, saved: &MachineState) {
+        for notice in self.lock().iter_mut() {
+            let known = saved.lengths.iter().find(|(name, _)| *name == notice.drive);
+            notice.told = known.map_or(notice.content, |(_, length)| *length);
+        }
+    }
+
     /// What is saved with the machine.
     pub(crate) fn lengths(&self) -> Vec<(String, u64)> {
         self.lock().iter().map(|notice| (notice.drive.clone(), notice.told)).collect()

@@ -161,6 +161,7 @@ pub struct Vm {
     ending: watch::Receiver<(Ending, bool)>,
     forwarding: Mutex<()>,
     notices: Notices,
+    user: Option<(u32, u32)>,
 }
 
 /// Kills the process of a launch that was given up.
@@ -175,15 +176,17 @@ impl Drop for Unfinished<'_> {
 }
 
 impl Vm {
-    /// Starts QEMU and returns when the guest runs. A machine that is gone on with is paused: it stands where it was saved.
+    /// Starts QEMU and returns when the guest runs. A machine that is gone on with is paused: it stands where it was saved, or
+    /// waits for [`bring`](Self::bring).
     pub async fn launch(machine: &Machine, options: LaunchOptions) -> Result<(Vm, EventReceiver), LaunchError> {
         machine.validate()?;
         let run_dir = RunDir::prepare(&options.run_dir, options.user)?;
         let (qmp_socket, serial_socket, serial_log) =
             (run_dir.qmp_socket(), run_dir.serial_socket(), run_dir.serial_log());
         let devices = run_dir.devices();
-        if let Some(resume) = &options.resume {
-            let left = run_dir.leave_devices(&resume.state.devices, options.user);
+        let state = options.resume.as_ref().and_then(|resume| resume.state.as_ref());
+        if let Some(state) = state {
+            let left = run_dir.leave_devices(&state.devices, options.user);
             left.map_err(|error| LaunchError::Spawn {
                 reason: format!("could not hand over the saved devices: {error}"),
             })?;
@@ -192,9 +195,9 @@ impl Vm {
             qmp_socket: &qmp_socket,
             serial_socket: &serial_socket,
             serial_log: &serial_log,
-            resume: options.resume.as_ref().map(|resume| (&*resume.memory, &*devices)),
+            resume: options.resume.as_ref().map(|resume| (&*resume.memory, state.map(|_| &*devices))),
         };
-        let notices = Notices::new(machine, options.resume.as_ref().map(|resume| &resume.state));
+        let notices = Notices::new(machine, state);
         let arguments = arguments(machine, (&options.accelerator, options.processor), options.seccomp, paths);
         tracing::debug!(machine = machine.name, ?arguments, "starting QEMU");
         let log = run_dir
@@ -206,17 +209,19 @@ impl Vm {
         })?;
         let mut unfinished = Unfinished(Some(&process));
         let limit = if options.resume.is_some() { RESUME_LIMIT } else { LAUNCH_LIMIT };
-        let (qmp, raw_events) = await_guest(machine, &process, &run_dir, &qmp_socket, limit).await?;
+        let is_whole = options.resume.is_none() || state.is_some();
+        let (qmp, raw_events) = await_guest(machine, &process, &run_dir, &qmp_socket, (limit, is_whole)).await?;
         unfinished.0 = None;
         drop(unfinished);
         let (sender, events) = mpsc::channel(EVENT_LIMIT);
         let (ending_sender, ending) = watch::channel((Ending::NotSaid, false));
         tokio::spawn(pump(raw_events, sender, ending_sender));
         let was_killed = AtomicBool::new(false);
-        let vm = Vm { process, qmp, run_dir, was_killed, ending, forwarding: Mutex::new(()), notices };
-        if let Some(resume) = &options.resume {
+        let user = options.user;
+        let vm = Vm { process, qmp, run_dir, was_killed, ending, forwarding: Mutex::new(()), notices, user };
+        if let Some(state) = state {
             let _ = std::fs::remove_file(devices);
-            vm.fill_blocks(&resume.state).await.map_err(|error| LaunchError::Resume { reason: error.to_string() })?;
+            vm.fill_blocks(state).await.map_err(|error| LaunchError::Resume { reason: error.to_string() })?;
         }
         Ok((vm, events))
     }
@@ -326,6 +331,10 @@ impl Vm {
         &self.run_dir
     }
 
+    pub(crate) fn user(&self) -> Option<(u32, u32)> {
+        self.user
+    }
+
     pub(crate) fn notices(&self) -> &Notices {
         &self.notices
     }
@@ -372,11 +381,11 @@ async fn await_guest(
     process: &Process,
     run_dir: &RunDir,
     socket: &Path,
-    limit: Duration,
+    (limit, is_whole): (Duration, bool),
 ) -> Result<(Client, RawEvents), LaunchError> {
     let no_answer =
         |reason: String| LaunchError::NoAnswer { machine: machine.name.clone(), reason, stderr: run_dir.log_tail() };
-    let result = timeout(limit, open_monitor(process, socket)).await;
+    let result = timeout(limit, open_monitor(process, socket, is_whole)).await;
     match result {
         Ok(Ok(monitor)) => Ok(monitor),
         Err(_) => Err(no_answer(format!("it did not run after {} s", limit.as_secs()))),
@@ -397,7 +406,7 @@ async fn await_guest(
     }
 }
 
-async fn open_monitor(process: &Process, socket: &Path) -> Result<(Client, RawEvents), String> {
+async fn open_monitor(process: &Process, socket: &Path, is_whole: bool) -> Result<(Client, RawEvents), String> {
     let connect = async {
         loop {
             match UnixStream::connect(socket).await {
@@ -411,7 +420,7 @@ async fn open_monitor(process: &Process, socket: &Path) -> Result<(Client, RawEv
         _ = process.exited() => return Err("it ended".into()),
     };
     let (client, events) = Client::connect(stream).await.map_err(|error| error.to_string())?;
-    while let RunState::Other(state) = query_status(&client).await.map_err(|error| error.to_string())? {
+    while is_whole && let RunState::Other(state) = query_status(&client).await.map_err(|error| error.to_string())? {
         if state != "prelaunch" && state != "inmigrate" {
             break;
         }

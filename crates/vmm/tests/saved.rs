@@ -89,7 +89,7 @@ impl Bench {
     async fn resume(&self, saved: &Saved, name: &str) -> (Vm, UnixStream) {
         let memory = self.temp.path().join(name);
         write_memory(&memory, saved);
-        let resume = Resume { memory, state: saved.state.clone() };
+        let resume = Resume { memory, state: Some(saved.state.clone()) };
         let vm = self.try_launch(Some(resume)).await.unwrap_or_else(|error| panic!("{error}"));
         let serial = UnixStream::connect(vm.serial_socket()).await.unwrap();
         (vm, serial)
@@ -234,7 +234,7 @@ async fn what_does_not_fit_is_refused() {
     write_memory(&memory, &saved);
     // Another machine.
     bench.machine.display = Display::None;
-    let error = bench.try_launch(Some(Resume { memory: memory.clone(), state: saved.state.clone() })).await.err();
+    let error = bench.try_launch(Some(Resume { memory: memory.clone(), state: Some(saved.state.clone()) })).await.err();
     assert!(error.is_some(), "a machine without the screen must not go on");
     bench.machine.display = Display::Vga;
     // Bytes that QEMU does not take.
@@ -246,6 +246,6 @@ async fn what_does_not_fit_is_refused() {
     broken.extend(header.as_bytes());
     broken.extend(devices);
     let state = MachineState::decode(&broken).unwrap();
-    let error = bench.try_launch(Some(Resume { memory, state })).await.err().expect("it is refused");
+    let error = bench.try_launch(Some(Resume { memory, state: Some(state) })).await.err().expect("it is refused");
     assert!(matches!(error, LaunchError::EarlyExit { .. } | LaunchError::NoAnswer { .. }), "{error}");
 }

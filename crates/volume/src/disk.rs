@@ -11,6 +11,7 @@ use collective_store::image::{ImageMap, Run};
 use collective_store::trace::Trace;
 
 use crate::chain::Chain;
+use crate::follow::Follower;
 use crate::layer::{Layer, LayerError};
 use crate::recorder::Recorder;
 
@@ -37,9 +38,10 @@ pub struct Disk {
     image: Option<Arc<ImageMap>>,
     store: Arc<FrameStore>,
     /// The last one takes the writes, unless the disk is frozen. Another one comes only with `settling` held alone.
-    chain: Chain,
-    frozen: bool,
+    pub(crate) chain: Chain,
+    pub(crate) frozen: bool,
     recorder: Recorder,
+    pub(crate) follower: Follower,
     /// Whether what is read of layers is noted too.
     records_layers: bool,
     /// Shared by all who change blocks; alone while old content goes into a block that is not in the top layer yet, so
@@ -94,7 +96,9 @@ impl Disk {
     pub(crate) fn over(size: u64, image: Option<Arc<ImageMap>>, store: Arc<FrameStore>, layers: Vec<Layer>) -> Self {
         let chain = Chain::new(size.div_ceil(BLOCK), layers);
         let recorder = Recorder::new(chain.blocks());
-        Self { size, image, store, chain, frozen: false, recorder, records_layers: false, settling: RwLock::new(()) }
+        let follower = Follower::default();
+        let settling = RwLock::new(());
+        Self { size, image, store, chain, frozen: false, recorder, follower, records_layers: false, settling }
     }
 
     /// Keeps what the disk is now: from here on `next`, an empty layer, takes the writes. What the old layers got is
@@ -315,12 +319,12 @@ impl Disk {
         self.settling.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn alone(&self) -> RwLockWriteGuard<'_, ()> {
+    pub(crate) fn alone(&self) -> RwLockWriteGuard<'_, ()> {
         self.settling.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes into the top layer; false where that does not hold the rest of a block that is written in part.
-    fn put(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
+    pub(crate) fn put(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
         // Else a write of nothing inside a block would take that block without its content.
         if data.is_empty() {
             return Ok(true);
@@ -330,7 +334,9 @@ impl Disk {
             return Ok(false);
         }
         self.top_layer()?.write(offset, data)?;
-        self.chain.take(offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK));
+        let blocks = offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK);
+        self.chain.take(blocks.clone());
+        self.follower.note(blocks);
         Ok(true)
     }
 
@@ -347,10 +353,11 @@ impl Disk {
         self.write(last * BLOCK, &vec![0; (end - last * BLOCK) as usize]).await
     }
 
-    fn punch(&self, blocks: Range<u64>) -> io::Result<()> {
+    pub(crate) fn punch(&self, blocks: Range<u64>) -> io::Result<()> {
         let _changing = self.changing();
         self.top_layer()?.discard(blocks.start, blocks.end - blocks.start)?;
-        self.chain.take(blocks);
+        self.chain.take(blocks.clone());
+        self.follower.note(blocks);
         Ok(())
     }
 

@@ -9,6 +9,7 @@
 mod backing;
 mod chain;
 mod disk;
+mod follow;
 mod layer;
 mod log;
 mod map;

@@ -59,6 +59,7 @@ pub struct MountError {
 /// The files, for as long as this value lives.
 pub struct Mount {
     session: Option<BackgroundSession>,
+    files: usize,
 }
 
 impl Mount {
@@ -70,12 +71,27 @@ impl Mount {
         config.acl = if owner.is_some() { SessionACL::All } else { SessionACL::Owner };
         config.n_threads = Some(THREADS);
         let ours = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let count = files.len();
         let backings = files.iter().map(|_| OnceLock::new()).collect();
         let owner = owner.unwrap_or(ours);
         let disks = Disks { files, backings, owner, runtime, flushing: AtomicBool::new(false) };
         let session = Session::new(disks, path, &config).and_then(Session::spawn);
         let session = session.map_err(|source| MountError { path: path.to_owned(), source })?;
-        Ok(Self { session: Some(session) })
+        Ok(Self { session: Some(session), files: count })
+    }
+
+    /// What the kernel has read of the files is read anew: it changed behind its back.
+    pub fn forget_cached(&self) -> io::Result<()> {
+        let Some(session) = &self.session else { return Ok(()) };
+        let notifier = session.notifier();
+        for index in 0..self.files {
+            match notifier.inval_inode(INodeNo(index as u64 + 2), 0, 0) {
+                // Nobody has looked at it yet.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                done => done?,
+            }
+        }
+        Ok(())
     }
 
     /// Unmounts and waits until it is done. Nothing may have a file open any more.

@@ -72,7 +72,7 @@ pub fn document(view: &InstanceView) -> Value {
         "health": seen.map_or(HealthState::Unknown, |s| s.health), "probe_output": seen.and_then(|s| s.probe_output.clone()),
         "checkpoints": seen.map(|s| s.checkpoints.clone()).unwrap_or_default(),
         "suspended": seen.and_then(|s| s.suspended.clone()), "in_store": seen.is_some_and(|s| s.in_store.is_some()), "resumed": seen.is_some_and(|s| s.resumed),
-        "last_pause_us": seen.and_then(last_pause), "arrival": seen.and_then(|s| s.arrival),
+        "last_pause_us": seen.and_then(last_pause), "arrival": seen.and_then(|s| s.arrival), "moved_pause_us": seen.and_then(|s| s.moved_pause_us),
         "checkpoint_every": spec.checkpoint_every,
         "settings": spec.settings, "operations": view.operations,
     })
@@ -150,6 +150,9 @@ fn show(ui: &Ui, view: &InstanceView) {
         Some(0) => field("missing", "nothing; it depends on nobody".into()),
         Some(frames) => field("missing", format!("{frames} frames are still to be fetched")),
         None => {}
+    }
+    if let Some(pause) = seen.moved_pause_us {
+        field("came", format!("while it ran; it stood still for {:.1} ms", pause as f64 / 1000.0));
     }
     if let Some(arrival) = &seen.arrival {
         let (bytes, on_demand) = (ByteSize(arrival.bytes), ByteSize(arrival.on_demand));

@@ -12,6 +12,7 @@ mod key;
 mod launch;
 mod lifecycle;
 mod mount;
+mod moving;
 mod operations;
 mod own_plane;
 mod publish;
@@ -91,7 +92,7 @@ pub enum Command {
     Suspend(state::Suspend),
     Resume(state::Resume),
     Clone(state::Clone),
-    Move(state::Move),
+    Move(moving::Move),
     CheckHost(state::CheckHost),
     Checkpoint(state::Checkpoint),
     Timeline(state::Timeline),

@@ -1,8 +1,8 @@
-//! `suspend`, `resume`, `clone`, `move`, `check-host`, `checkpoint`, `timeline`, `restore`: a running machine as data.
+//! `suspend`, `resume`, `clone`, `check-host`, `checkpoint`, `timeline`, `restore`: a running machine as data.
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use collective_api::{Client, CloneRequest, HostView, InstanceView, MoveRequest, OperationRequest, OperationView};
 use collective_model::run::Platform;
 use collective_model::{ByteSize, Checkpoint as Kept, CheckpointId, Name, PublishedPort, State};
@@ -75,114 +75,15 @@ impl Resume {
 }
 
 /// Whether it could not be brought to the host that owns it, so that all of it is in the store, and nowhere else.
-fn never_came(view: &InstanceView) -> bool {
+pub(super) fn never_came(view: &InstanceView) -> bool {
     let seen = view.observed.as_ref().filter(|seen| seen.generation == view.spec.generation);
     view.operations.is_empty() && seen.is_some_and(|seen| seen.arrived != view.spec.arrival)
 }
 
-async fn hand_over(ui: &Ui, client: &Client, name: &Name, host: Name, cold: bool) -> Result<Value> {
+pub(super) async fn hand_over(ui: &Ui, client: &Client, name: &Name, host: Name, cold: bool) -> Result<Value> {
     let request = MoveRequest { host, cold };
     let view: OperationView = client.post(&format!("/v1/instances/{name}/move"), &request).await?;
     watch(ui, client, name, view).await
-}
-
-/// Give an instance to another host, running or not
-///
-/// A running machine is suspended, brought over and goes on there, with its memory, its disks, its name and its addresses; its
-/// published ports are on the new host then. The old host keeps nothing.
-///
-/// Example: collective move n --to laptop
-#[derive(Debug, clap::Args)]
-pub struct Move {
-    name: Name,
-    /// The new host
-    #[arg(long)]
-    to: Name,
-    /// Leave the memory of a running machine behind: it is shut down, and booted there
-    #[arg(long)]
-    cold: bool,
-    /// Only say how it would move, and what speaks against it
-    #[arg(long)]
-    dry_run: bool,
-}
-
-impl Move {
-    pub async fn run(self, ui: &Ui, client: &Client) -> Result<()> {
-        let view = super::instance(client, &self.name).await?;
-        let state = view.observed.as_ref().map(|seen| seen.state).ok_or_else(|| anyhow!("it was never seen"))?;
-        let verdict = check(client, &view, &self.to).await?;
-        if view.host == self.to && !never_came(&view) {
-            bail!("{} is on host \"{}\" already", self.name, self.to);
-        }
-        if self.dry_run {
-            let how = match state {
-                State::Stopped => "its disks, encrypted, through the store",
-                _ if self.cold => "shut down, its disks through the store, booted there",
-                _ => "suspended, memory and disks through the store, and it goes on there",
-            };
-            let value = json!({ "name": self.name, "to": self.to, "how": how, "memory_goes": verdict.is_ok(), "why_not": verdict.clone().err() });
-            ui.data(&value, |ui| {
-                ui.line(format!("{} would move to {}: {how}", self.name, self.to));
-                if let Err(why) = &verdict {
-                    ui.line(format!("  its running memory cannot go: {why}"));
-                }
-            });
-            return Ok(());
-        }
-        let runs = matches!(state, State::Running | State::Paused);
-        if runs
-            && !self.cold
-            && let Err(why) = &verdict
-        {
-            bail!(
-                "the running machine cannot go on at host \"{}\": {why}; with --cold it is shut down, and booted there",
-                self.to
-            );
-        }
-        match state {
-            _ if never_came(&view) => {}
-            State::Running | State::Paused if !self.cold => {
-                let result = operate(ui, client, &self.name, &OperationRequest::Suspend).await?;
-                if let Some(why) = result["not_stored"].as_str() {
-                    bail!("{} is suspended on its host, but could not be brought to the store: {why}", self.name);
-                }
-            }
-            State::Running | State::Paused => {
-                super::lifecycle::stop(ui, client, &self.name).await?;
-                operate(ui, client, &self.name, &OperationRequest::Push).await?;
-            }
-            _ => _ = operate(ui, client, &self.name, &OperationRequest::Push).await?,
-        }
-        let result = match hand_over(ui, client, &self.name, self.to.clone(), self.cold).await {
-            Ok(result) => result,
-            Err(error) => {
-                self.go_on_there(ui, client, &view, runs).await?;
-                return Err(error);
-            }
-        };
-        if runs && self.cold {
-            super::lifecycle::power(client, &self.name, true).await?;
-        }
-        ui.data(&result, |ui| ui.line(format!("{} is on host \"{}\" now", self.name, self.to)));
-        Ok(())
-    }
-}
-
-impl Move {
-    /// What could not be given away goes on where it was, unless the new host owns it already.
-    async fn go_on_there(&self, ui: &Ui, client: &Client, before: &InstanceView, ran: bool) -> Result<()> {
-        let now = super::instance(client, &self.name).await?;
-        if !ran || now.host != before.host {
-            return Ok(());
-        }
-        if self.cold {
-            super::lifecycle::power(client, &self.name, true).await?;
-        } else {
-            operate(ui, client, &self.name, &OperationRequest::Resume).await?;
-        }
-        ui.hint(format!("{} goes on at host \"{}\"", self.name, before.host));
-        Ok(())
-    }
 }
 
 /// Copy an instance, running or not, on its host
@@ -244,7 +145,7 @@ impl Clone {
 }
 
 /// Whether an instance's running memory can go on at a host, or why not.
-async fn check(client: &Client, view: &InstanceView, host: &Name) -> Result<Result<(), String>> {
+pub(super) async fn check(client: &Client, view: &InstanceView, host: &Name) -> Result<Result<(), String>> {
     let hosts: Vec<HostView> = client.get("/v1/hosts").await?;
     let find = |name: &Name| hosts.iter().find(|known| known.name == *name);
     let there = find(host).ok_or_else(|| anyhow!("no host named \"{host}\" has joined"))?;

@@ -2,6 +2,7 @@
 
 mod backups;
 mod keeping;
+mod live;
 
 use std::path::Path;
 use std::time::Duration;

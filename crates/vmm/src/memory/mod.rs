@@ -59,6 +59,16 @@ impl GuestMemory {
         Ok(found.into_iter().map(|range| range.start - self.start..range.end - self.start).collect())
     }
 
+    /// How many bytes the next answer would have if it were asked for now.
+    pub fn unsent(&self) -> io::Result<u64> {
+        let whole = self.start..self.start + self.size;
+        let found = match self.untracked {
+            None => kernel::own_pages(&self.pagemap, whole, false, !self.all)?,
+            Some(_) => kernel::own_pages_plain(&self.pagemap, whole)?,
+        };
+        Ok(found.iter().map(|range| range.end - range.start).sum())
+    }
+
     /// What was answered is of no use to anybody: the next answer has everything again.
     pub fn forget(&mut self) {
         self.all = true;
