@@ -15,6 +15,9 @@ const LONG: Duration = Duration::from_secs(240);
 /// Whoever died comes back after this time, whether the command has ended or not.
 const AWAY: Duration = Duration::from_secs(2);
 
+/// What a host says that owns a machine, and could not bring it.
+const NEVER_CAME: &str = "has not arrived";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Operation {
     Suspend,
@@ -140,7 +143,9 @@ impl Story {
                 self.fleet.ok(&command);
             }
             return self.check(&then, death, &[]);
-        } else if matches!(operation, Operation::Move | Operation::ResumeThere) && self.host() != other {
+        } else if matches!(operation, Operation::Move | Operation::ResumeThere)
+            && (self.host() != other || self.never_came())
+        {
             self.fleet.ok(&["move", "n", "--to", other, "--no-live"]);
         }
         if self.state() == "suspended" {
@@ -236,11 +241,15 @@ impl Story {
             let open = |port: &serde_json::Value| port["open"] == true;
             let open = info["ports"].as_array().is_some_and(|ports| ports.iter().all(open));
             let rests = info["state"] == "suspended" || (info["state"] == "running" && open);
-            let never_came = told.stderr.contains("has not arrived");
+            let never_came = told.stderr.contains(NEVER_CAME);
             let stuck = info["state"] == "failed";
             assert!(!stuck, "after {command:?} a person is needed: {info}");
             (idle && ((told.code == Some(0) && rests) || never_came)).then_some(())
         });
+    }
+
+    fn never_came(&self) -> bool {
+        self.fleet.run(&["logs", "n"]).stderr.contains(NEVER_CAME)
     }
 
     fn has(&self, having: &Having) -> bool {

@@ -189,7 +189,11 @@ impl Instance {
             Command::Spec(spec) => {
                 !spec.on && spec.power_serial > record.power_serial && spec.generation >= record.spec.generation
             }
-            Command::Operate(order) => matches!(order.kind, OperationKind::Suspend | OperationKind::Delete { .. }),
+            Command::Operate(order) => {
+                // One that is over comes again if the plane has not heard of it.
+                let is_new = record.outcome(&order.id).is_none();
+                is_new && matches!(order.kind, OperationKind::Suspend | OperationKind::Delete { .. })
+            }
             Command::Moved(_) | Command::Visit { .. } | Command::SendDisk { .. } => false,
         })
     }
