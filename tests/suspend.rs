@@ -345,7 +345,7 @@ fn a_hundred_megabytes_are_kept_gone_back_to_and_moved() {
     let guest = Guest::launch(&fleet, "n", &["--host", "a"]);
     let generation = guest.get("/fill?100");
     guest.get("/count?on");
-    fleet.ok(&["move", "n", "--to", "b"]);
+    fleet.ok(&["move", "n", "--to", "b", "--no-live"]);
     assert_eq!(guest.get("/pages"), format!("25600 pages of {generation}, 0 bad"));
     guest.get("/count?on");
     fleet.ok(&["checkpoint", "n"]);

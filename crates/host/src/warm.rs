@@ -32,7 +32,8 @@ impl Instance {
         let why = match self.begin_warm().await {
             Ok(()) => match self.go_on().await {
                 Ok(_) => return,
-                Err(_) if self.record.state.is_live() => return,
+                // It runs, or somebody wanted something else before it did.
+                Err(_) if self.record.state.is_live() || self.is_unwanted() => return,
                 Err(why) => why,
             },
             Err(Booted::None) => return self.start(true).await,

@@ -47,6 +47,9 @@ pub(super) async fn make(ui: &Ui, plane: &OwnPlane, recipe: &Recipe, boot: &Boot
     let answer: Value = plane.ask(&OperationRequest::Describe).await?;
     let machine = open_saved(&run_folder(&answer)?, &open_source).await.map_err(Error::msg)?;
     spinner.finish_and_clear();
+    if recipe.cloud_init.is_some() {
+        ui.hint("cloud-init does its work at a boot only: whoever goes on with this machine has what it made of the maker's instance");
+    }
     let defaults = recipe.settings.iter().filter_map(|(key, setting)| Some((key.clone(), setting.default.clone()?)));
     let mut settings: BTreeMap<_, _> = defaults.collect();
     settings.extend(boot.settings.iter().cloned());
