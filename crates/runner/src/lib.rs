@@ -21,6 +21,7 @@ mod saved;
 mod send;
 mod serve;
 mod state;
+mod watch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -137,7 +137,11 @@ mod tests {
         tokio::spawn(async move {
             let _deaf = [listener.accept().await.unwrap(), listener.accept().await.unwrap()];
             let (mut stream, _) = listener.accept().await.unwrap();
+            // Closed with something unread, it would be reset, and so would those that nobody answers.
+            let _ = stream.read(&mut [0; 1024]).await;
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
+            drop(stream);
+            std::future::pending::<()>().await;
         });
         let http = HttpProbe { port: 80, path: "/health".into(), status: 200 };
         let long = Span(Duration::from_secs(60));
