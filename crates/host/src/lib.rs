@@ -15,6 +15,7 @@ mod instance;
 mod leaving;
 mod link;
 mod merging;
+mod observe;
 mod private;
 mod record;
 mod rehearsal;

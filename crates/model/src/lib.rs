@@ -8,6 +8,7 @@
 
 mod digest;
 mod health;
+mod images;
 mod instance;
 mod lifecycle;
 pub mod live;
@@ -26,6 +27,7 @@ mod warm;
 
 pub use digest::{Digest, ParseDigestError};
 pub use health::{HealthCheck, HealthState, HttpProbe};
+pub use images::StoredImage;
 pub use instance::{
     BackupId, Checkpoint, CheckpointId, CheckpointMachine, Generation, InstanceId, Observed, ObservedDisk, Operation,
     OperationId, OperationKind, OperationState, Origin, PublishedPort, Spec, TunnelId,
@@ -33,7 +35,7 @@ pub use instance::{
 pub use lifecycle::{State, Trigger};
 pub use manifest::{
     CloudInit, Cpu, Disk, DiskRole, Firmware, Hardware, MANIFEST_FORMAT, MAX_MANIFEST_BYTES, Manifest, ManifestError,
-    Port, Protocol, Setting, SettingType, Ssh, StoredImage, SystemWrites,
+    Port, Protocol, Setting, SettingType, Ssh, SystemWrites,
 };
 pub use names::{ApplianceName, Name, ParseNameError, Reference, Selector, VersionName};
 pub use recipe::{BuildRecipe, Recipe, RecipeDisk, RecipeError, RecipeHardware};
