@@ -92,3 +92,16 @@ fn a_version_on_probation_lets_nobody_in_but_the_console() {
     // That it comes back, and its ports with it, is in the main job; here it need not be waited for.
     drop(update);
 }
+
+#[test]
+fn ssh_waits_for_a_guest_that_was_started_just_now() {
+    let fleet = Fleet::start(PROGRAM);
+    fleet.publish(&tiny("1"));
+    fleet.ok(&["launch", "test/tiny", "--name", "n"]);
+    // The tiny guest has no SSH server, so that ssh says no when it is up, and not before.
+    let said = fleet.run(&["ssh", "n", "true"]).stderr;
+    assert!(said.contains("waiting for its SSH server"), "{said}");
+    assert_eq!(fleet.info("n")["health"], "healthy");
+    let said = fleet.run(&["ssh", "n", "true"]).stderr;
+    assert!(!said.contains("waiting"), "{said}");
+}

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use collective_api::{Client, TunnelTarget};
 use collective_keys::SigningKey;
-use collective_model::Name;
+use collective_model::{HealthState, Name, State};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -23,6 +23,10 @@ const ESCAPE: u8 = 0x1d;
 /// A guest that went on takes up its identity within this time.
 const MEET_LIMIT: Duration = Duration::from_secs(30);
 const MEET_AGAIN: Duration = Duration::from_millis(500);
+/// A guest that was started just now is waited for so long; under emulation a boot takes a minute.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// An SSH server greets at once.
+const GREETING_LIMIT: Duration = Duration::from_secs(5);
 
 /// Opens a tunnel into the instance `name`.
 pub async fn tunnel(client: &Client, name: &Name, target: &TunnelTarget) -> Result<collective_api::Tunnel> {
@@ -214,6 +218,37 @@ fn there(path: &str) -> Option<(&str, &str)> {
     path.split_once(':').filter(|(target, _)| !target.contains('/') && !target.is_empty())
 }
 
+/// Waits for the SSH server of a guest that was started just now; of one that does not answer, ssh itself says more. Returns the
+/// host key that its host tells.
+async fn await_server(client: &Client, name: &Name, port: u16) -> Result<Option<String>> {
+    let begun = Instant::now();
+    let mut told = false;
+    loop {
+        let answers = tokio::time::timeout(GREETING_LIMIT, greets(client, name, port)).await.unwrap_or(false);
+        let view = super::instance(client, name).await?;
+        let comes_up = view.spec.on
+            && view.observed.as_ref().is_none_or(|seen| {
+                matches!(seen.state, State::Starting | State::Resuming) || seen.health == HealthState::Waiting
+            });
+        if answers || !comes_up || begun.elapsed() > BOOT_LIMIT {
+            return Ok(view.observed.and_then(|seen| seen.ssh_host_key));
+        }
+        if !std::mem::replace(&mut told, true) {
+            eprintln!("{name} was started just now; waiting for its SSH server");
+        }
+        tokio::time::sleep(MEET_AGAIN).await;
+    }
+}
+
+/// Whether an SSH server greets there (RFC 4253, section 4.2).
+async fn greets(client: &Client, name: &Name, port: u16) -> bool {
+    let mut greeting = [0; 4];
+    match tunnel(client, name, &TunnelTarget::Port { port }).await {
+        Ok(mut stream) => stream.read_exact(&mut greeting).await.is_ok() && &greeting == b"SSH-",
+        Err(_) => false,
+    }
+}
+
 /// Whom to be in which guest.
 struct Login {
     name: Name,
@@ -239,7 +274,7 @@ impl Login {
         let manifest = super::catalogue::manifest_of(client, &version).await?;
         let (account, port) = manifest.ssh.map_or(("root".into(), 22), |ssh| (ssh.user.to_string(), ssh.port));
         let user = user.map_or(account, str::to_owned);
-        let host_key = view.observed.and_then(|seen| seen.ssh_host_key);
+        let host_key = await_server(client, &name, port).await?;
         Ok(Self { name, id: view.spec.id.to_string(), user, port, host_key })
     }
 
