@@ -11,6 +11,7 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::accelerator::Accelerator;
+use crate::adopt::Orphan;
 use crate::arguments::{Paths, arguments, netdev_name};
 use crate::checkpoint::Resume;
 use crate::event::{Ending, Event, EventReceiver, Exit, RunState};
@@ -213,17 +214,45 @@ impl Vm {
         let (qmp, raw_events) = await_guest(machine, &process, &run_dir, &qmp_socket, (limit, is_whole)).await?;
         unfinished.0 = None;
         drop(unfinished);
-        let (sender, events) = mpsc::channel(EVENT_LIMIT);
-        let (ending_sender, ending) = watch::channel((Ending::NotSaid, false));
-        tokio::spawn(pump(raw_events, sender, ending_sender));
-        let was_killed = AtomicBool::new(false);
-        let user = options.user;
-        let vm = Vm { process, qmp, run_dir, was_killed, ending, forwarding: Mutex::new(()), notices, user };
+        let (vm, events) = Vm::over(process, (qmp, raw_events), run_dir, notices, options.user);
         if let Some(state) = state {
             let _ = std::fs::remove_file(devices);
             vm.fill_blocks(state).await.map_err(|error| LaunchError::Resume { reason: error.to_string() })?;
         }
         Ok((vm, events))
+    }
+
+    /// Takes over the machine of a process that died; `machine` is what that one launched. It is as it was: it may be paused.
+    pub async fn adopt(machine: &Machine, orphan: Orphan) -> Result<(Vm, EventReceiver), LaunchError> {
+        let spawn = |error: std::io::Error| LaunchError::Spawn { reason: format!("could not take over QEMU: {error}") };
+        let Orphan { process, guard, run_dir, user } = orphan;
+        let run_dir = RunDir::adopt(&run_dir)?;
+        let handle = process.try_clone().map_err(spawn)?;
+        let line = guard.as_ref().map(|(_, line)| line.try_clone()).transpose().map_err(spawn)?;
+        let process = Process::adopt(process, line).map_err(spawn)?;
+        let mut unfinished = Unfinished(Some(&process));
+        // First: its thread may wait for the guard, and would not answer.
+        if let (Some((policy, line)), Some(pid)) = (guard, rustix::process::Pid::from_raw(process.pid() as i32)) {
+            crate::guard::adopt(line, policy, pid, handle)?;
+        }
+        let monitor = await_guest(machine, &process, &run_dir, &run_dir.qmp_socket(), (RESUME_LIMIT, false)).await?;
+        unfinished.0 = None;
+        drop(unfinished);
+        Ok(Vm::over(process, monitor, run_dir, Notices::new(machine, None), user))
+    }
+
+    fn over(
+        process: Process,
+        (qmp, raw_events): (Client, RawEvents),
+        run_dir: RunDir,
+        notices: Notices,
+        user: Option<(u32, u32)>,
+    ) -> (Vm, EventReceiver) {
+        let (sender, events) = mpsc::channel(EVENT_LIMIT);
+        let (ending_sender, ending) = watch::channel((Ending::NotSaid, false));
+        tokio::spawn(pump(raw_events, sender, ending_sender));
+        let was_killed = AtomicBool::new(false);
+        (Vm { process, qmp, run_dir, was_killed, ending, forwarding: Mutex::new(()), notices, user }, events)
     }
 
     /// Process id of QEMU.
@@ -325,6 +354,10 @@ impl Vm {
         let _ = timeout(LAST_WORDS_LIMIT, ending.wait_for(|(_, is_over)| *is_over)).await;
         let last_word = ending.borrow().0;
         Exit::new(exit.code, exit.signal, last_word, self.was_killed.load(Ordering::SeqCst), || self.run_dir.log_tail())
+    }
+
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
     }
 
     pub(crate) fn run_dir(&self) -> &RunDir {
