@@ -4,12 +4,13 @@
 //! chain and going on with a new layer is a checkpoint, and costs nothing. What lies between two states that are kept is
 //! merged into one layer ([`Layer::merge`]), while the disk is in use too. [`Mount`] shows disks through FUSE.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod backing;
 mod chain;
 mod disk;
 mod follow;
+mod fuse;
 mod held;
 mod layer;
 mod log;

@@ -1,26 +1,30 @@
 //! Disks as files, through FUSE. Reads that need the network are answered later, out of order; all others at once.
 
-use std::ffi::OsStr;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
-use fuser::{
-    BackgroundSession, BackingId, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
-};
+use rustix::io::Errno;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
 use crate::Disk;
+use crate::fuse::wire::{self, Ask, Attributes};
+use crate::fuse::{Connection, Reply, Serve};
 
 /// Attributes never change while mounted.
-const TTL: Duration = Duration::from_secs(3600);
+const LIFETIME: Duration = Duration::from_secs(3600);
 /// Answer the kernel. One of them may wait for the host's disk; two are left for all who read and write.
 const THREADS: usize = 3;
+/// The folder; files follow in their order.
+const FOLDER: u64 = 1;
+const FIRST: u64 = 2;
+/// Kinds and permissions, as of stat(2).
+const FOLDER_MODE: u32 = 0o040_500;
+const FILE_MODE: u32 = 0o100_600;
 const PUNCH_HOLE: i32 = 0x02;
 const ZERO_RANGE: i32 = 0x10;
 const KEEP_SIZE: i32 = 0x01;
@@ -58,7 +62,7 @@ pub struct MountError {
 
 /// The files, for as long as this value lives.
 pub struct Mount {
-    session: Option<BackgroundSession>,
+    connection: Connection,
     files: usize,
 }
 
@@ -66,204 +70,127 @@ impl Mount {
     /// Mounts at the empty folder `path`. `owner` (user and group) may open the files; where it is another user than
     /// ours, only root can mount, and the folder above `path` has to keep everybody else out.
     pub fn new(path: &Path, files: Vec<File>, owner: Option<(u32, u32)>, runtime: Handle) -> Result<Self, MountError> {
-        let mut config = Config::default();
-        config.mount_options = vec![MountOption::FSName("collective".into()), MountOption::NoSuid, MountOption::NoDev];
-        config.acl = if owner.is_some() { SessionACL::All } else { SessionACL::Owner };
-        config.n_threads = Some(THREADS);
-        let ours = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         let count = files.len();
-        let backings = files.iter().map(|_| OnceLock::new()).collect();
-        let owner = owner.unwrap_or(ours);
-        let disks = Disks { files, backings, owner, runtime, flushing: AtomicBool::new(false) };
-        let session = Session::new(disks, path, &config).and_then(Session::spawn);
-        let session = session.map_err(|source| MountError { path: path.to_owned(), source })?;
-        Ok(Self { session: Some(session), files: count })
+        let disks = Disks::new(files, owner, runtime);
+        let connection = Connection::mount(path, owner.is_some(), THREADS, disks);
+        let connection = connection.map_err(|source| MountError { path: path.to_owned(), source })?;
+        Ok(Self { connection, files: count })
+    }
+
+    /// Serves what a process that died had mounted at `path` and shown as the same files in the same order: `descriptor` is a
+    /// duplicate of its [`descriptor`](Self::descriptor). Who had asked it for something only waited. Needs Linux 6.9.
+    pub fn adopt(
+        descriptor: OwnedFd,
+        path: &Path,
+        files: Vec<File>,
+        owner: Option<(u32, u32)>,
+        runtime: Handle,
+    ) -> Result<Self, MountError> {
+        let count = files.len();
+        let disks = Disks::new(files, owner, runtime);
+        let connection = Connection::adopt(descriptor, path, THREADS, disks);
+        let connection = connection.map_err(|source| MountError { path: path.to_owned(), source })?;
+        Ok(Self { connection, files: count })
+    }
+
+    /// A duplicate of the connection to the kernel: as long as somebody has one, the death of this process lets the files'
+    /// users wait, for [`adopt`](Self::adopt), and not fail.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.connection.descriptor()
     }
 
     /// What the kernel has read of the files is read anew: it changed behind its back.
     pub fn forget_cached(&self) -> io::Result<()> {
-        let Some(session) = &self.session else { return Ok(()) };
-        let notifier = session.notifier();
-        for index in 0..self.files {
-            match notifier.inval_inode(INodeNo(index as u64 + 2), 0, 0) {
-                // Nobody has looked at it yet.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                done => done?,
-            }
-        }
-        Ok(())
+        (0..self.files).try_for_each(|index| self.connection.forget(index as u64 + FIRST))
     }
 
     /// Unmounts and waits until it is done. Nothing may have a file open any more.
-    pub fn unmount(mut self) -> io::Result<()> {
-        self.session.take().map_or(Ok(()), BackgroundSession::umount_and_join)
+    pub fn unmount(self) -> io::Result<()> {
+        self.connection.unmount()
     }
 }
 
 struct Disks {
     files: Vec<File>,
-    /// What the kernel calls their backing files; none: it does not take it.
-    backings: Vec<OnceLock<Option<BackingId>>>,
+    /// The kernel's numbers of their backing files; none: it does not take it.
+    backings: Vec<OnceLock<Option<u32>>>,
     owner: (u32, u32),
     runtime: Handle,
     /// One of the threads waits for a flush.
     flushing: AtomicBool,
 }
 
-fn errno(error: &io::Error) -> Errno {
-    Errno::from_i32(error.raw_os_error().unwrap_or(rustix::io::Errno::IO.raw_os_error()))
+/// Says how it went to who waits for it.
+fn answer<T>(reply: Reply, outcome: io::Result<T>, with: impl FnOnce(Reply, T)) {
+    match outcome {
+        Ok(done) => with(reply, done),
+        Err(error) => reply.failed(&error),
+    }
 }
 
 impl Disks {
-    fn disk(&self, ino: INodeNo) -> Option<&Arc<Disk>> {
-        let index = u64::from(ino).checked_sub(2)?;
-        self.files.get(index as usize).map(|file| &file.disk)
+    fn new(files: Vec<File>, owner: Option<(u32, u32)>, runtime: Handle) -> Self {
+        let backings = files.iter().map(|_| OnceLock::new()).collect();
+        let ours = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Self { files, backings, owner: owner.unwrap_or(ours), runtime, flushing: AtomicBool::new(false) }
     }
 
-    fn waits(&self, ino: INodeNo) -> Option<&Arc<Notify>> {
-        let index = u64::from(ino).checked_sub(2)?;
-        self.files.get(index as usize)?.waits.as_ref()
+    fn attributes(&self, node: u64) -> Option<Attributes> {
+        let (mode, size) = match node.checked_sub(FIRST) {
+            None => (FOLDER_MODE, 0),
+            Some(index) => (FILE_MODE, self.files.get(index as usize)?.disk.size()),
+        };
+        Some(Attributes { node, size, mode, owner: self.owner })
     }
 
-    /// The file that the kernel reads in place of asking.
-    fn backing(&self, ino: INodeNo, reply: &ReplyOpen) -> Option<&BackingId> {
-        let index = u64::from(ino).checked_sub(2)? as usize;
-        let file = self.files.get(index)?.backing.as_ref()?;
-        let take = || {
+    fn lookup(&self, node: u64, name: &std::ffi::OsStr) -> Option<Attributes> {
+        let index = self.files.iter().position(|file| name == file.name.as_str()).filter(|_| node == FOLDER)?;
+        self.attributes(index as u64 + FIRST)
+    }
+
+    fn open(&self, index: usize, reply: Reply) {
+        let take = |file: &std::fs::File| {
             let taken = reply.open_backing(file);
             taken.inspect_err(|error| tracing::info!(%error, "the kernel's pages are not shared with others")).ok()
         };
-        self.backings.get(index)?.get_or_init(take).as_ref()
+        let backing = self.files[index].backing.as_ref();
+        let backing = backing.and_then(|file| *self.backings[index].get_or_init(|| take(file)));
+        // All changes come through this mount, so what the kernel has cached stays right.
+        reply.data(&wire::opened(backing));
     }
 
-    fn attr(&self, ino: u64) -> Option<FileAttr> {
-        let (kind, perm, size) = match ino {
-            1 => (FileType::Directory, 0o500, 0),
-            _ => (FileType::RegularFile, 0o600, self.disk(INodeNo(ino))?.size()),
-        };
-        Some(FileAttr {
-            ino: INodeNo(ino),
-            size,
-            blocks: size / 512,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind,
-            perm,
-            nlink: 1,
-            uid: self.owner.0,
-            gid: self.owner.1,
-            rdev: 0,
-            flags: 0,
-            blksize: 4096,
-        })
-    }
-}
-
-impl Filesystem for Disks {
-    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Larger requests, and more of them at once; each is only an upper bound.
-        let _ = config.set_max_write(1 << 20);
-        let _ = config.set_max_background(64);
-        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
-        if self.files.iter().any(|file| file.backing.is_some()) {
-            let _ = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH);
-            // The backing file may be on a file system that lies on another one itself, as those of containers do.
-            let _ = config.set_max_stack_depth(2);
-        }
-        Ok(())
-    }
-
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let index = self.files.iter().position(|file| name == file.name.as_str());
-        let attr = index.filter(|_| u64::from(parent) == 1).and_then(|i| self.attr(i as u64 + 2));
-        match attr {
-            Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
-            None => reply.error(Errno::ENOENT),
-        }
-    }
-
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.attr(ino.into()) {
-            Some(attr) => reply.attr(&TTL, &attr),
-            None => reply.error(Errno::ENOENT),
-        }
-    }
-
-    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        if let Some(backing) = self.backing(ino, &reply) {
-            return reply.opened_passthrough(FileHandle(0), FopenFlags::empty(), backing);
-        }
-        match self.disk(ino) {
-            // All changes come through this mount, so what the kernel has cached stays right.
-            Some(_) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
-            None => reply.error(Errno::ENOENT),
-        }
-    }
-
-    fn read(
-        &self,
-        _: &Request,
-        ino: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        size: u32,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        let Some(disk) = self.disk(ino) else { return reply.error(Errno::ENOENT) };
-        match disk.try_read(offset, size as usize) {
+    fn read(&self, file: &File, offset: u64, size: usize, reply: Reply) {
+        match file.disk.try_read(offset, size) {
             Ok(Some(bytes)) => reply.data(&bytes),
-            Err(error) => reply.error(errno(&error)),
+            Err(error) => reply.failed(&error),
             Ok(None) => {
-                self.waits(ino).inspect(|waits| waits.notify_one());
-                let disk = disk.clone();
+                file.waits.iter().for_each(|waits| waits.notify_one());
+                let disk = file.disk.clone();
                 self.runtime.spawn(async move {
-                    match disk.read(offset, size as usize).await {
-                        Ok(bytes) => reply.data(&bytes),
-                        Err(error) => reply.error(errno(&error)),
-                    }
+                    let bytes = disk.read(offset, size).await;
+                    answer(reply, bytes, |reply, bytes| reply.data(&bytes));
                 });
             }
         }
     }
 
-    fn write(
-        &self,
-        _: &Request,
-        ino: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        data: &[u8],
-        _: WriteFlags,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyWrite,
-    ) {
-        let Some(disk) = self.disk(ino) else { return reply.error(Errno::ENOENT) };
+    fn write(&self, disk: &Arc<Disk>, offset: u64, data: &[u8], reply: Reply) {
         match disk.try_write(offset, data) {
-            Ok(true) => reply.written(data.len() as u32),
-            Err(error) => reply.error(errno(&error)),
+            Ok(true) => reply.data(&wire::written(data.len())),
+            Err(error) => reply.failed(&error),
             Ok(false) => {
                 let (disk, data) = (disk.clone(), data.to_vec());
                 self.runtime.spawn(async move {
-                    match disk.write(offset, &data).await {
-                        Ok(()) => reply.written(data.len() as u32),
-                        Err(error) => reply.error(errno(&error)),
-                    }
+                    let done = disk.write(offset, &data).await;
+                    answer(reply, done, |reply, ()| reply.data(&wire::written(data.len())));
                 });
             }
         }
     }
 
-    fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        let Some(disk) = self.disk(ino).cloned() else { return reply.error(Errno::ENOENT) };
-        let flush = move || match disk.flush() {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(errno(&error)),
-        };
+    fn sync(&self, disk: &Arc<Disk>, reply: Reply) {
+        let disk = disk.clone();
+        let flush = move || answer(reply, disk.flush(), |reply, ()| reply.done());
         // Handing it to another thread takes as long as many a flush.
         if self.flushing.swap(true, Ordering::AcqRel) {
             self.runtime.spawn_blocking(flush);
@@ -273,54 +200,65 @@ impl Filesystem for Disks {
         }
     }
 
-    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        // Called when a descriptor is closed; durability is asked for by fsync.
-        reply.ok();
-    }
-
-    fn fallocate(
-        &self,
-        _: &Request,
-        ino: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        length: u64,
-        mode: i32,
-        reply: ReplyEmpty,
-    ) {
-        let Some(disk) = self.disk(ino).cloned() else { return reply.error(Errno::ENOENT) };
+    fn allocate(&self, disk: &Arc<Disk>, offset: u64, length: u64, mode: i32, reply: Reply) {
         if mode & !KEEP_SIZE != PUNCH_HOLE && mode & !KEEP_SIZE != ZERO_RANGE {
-            return reply.error(Errno::EOPNOTSUPP);
+            return reply.refuse(Errno::OPNOTSUPP);
         }
         let inside = length.min(disk.size().saturating_sub(offset));
         if inside < length && mode & KEEP_SIZE == 0 {
             // The kernel would take the file for larger from then on.
-            return reply.error(Errno::EFBIG);
+            return reply.refuse(Errno::FBIG);
         }
         // A machine that frees memory punches holes into what it is mapped from. That stays as it is, for others.
         if inside == 0 || disk.is_frozen() {
-            return reply.ok();
+            return reply.done();
         }
+        let disk = disk.clone();
         self.runtime.spawn(async move {
-            match disk.zero(offset, inside).await {
-                Ok(()) => reply.ok(),
-                Err(error) => reply.error(errno(&error)),
-            }
+            answer(reply, disk.zero(offset, inside).await, |reply, ()| reply.done());
         });
     }
 
-    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        if u64::from(ino) != 1 {
-            return reply.error(Errno::ENOTDIR);
-        }
-        let dots = [(1, FileType::Directory, "."), (1, FileType::Directory, "..")].into_iter();
-        let files = self.files.iter().enumerate();
-        let files = files.map(|(i, file)| (i as u64 + 2, FileType::RegularFile, file.name.as_str()));
-        for (i, (ino, kind, name)) in dots.chain(files).enumerate().skip(offset as usize) {
-            if reply.add(INodeNo(ino), i as u64 + 1, kind, name) {
-                break;
+    fn read_folder(&self, offset: u64, size: usize, reply: Reply) {
+        let dots = [".", ".."].map(|name| (FOLDER, FOLDER_MODE, name));
+        let files = (FIRST..).zip(&self.files).map(|(node, file)| (node, FILE_MODE, file.name.as_str()));
+        let entries: Vec<_> = dots.into_iter().chain(files).collect();
+        reply.data(&wire::folder(&entries, offset, size));
+    }
+}
+
+impl Serve for Disks {
+    fn wants_backing(&self) -> bool {
+        self.files.iter().any(|file| file.backing.is_some())
+    }
+
+    fn serve(&self, node: u64, ask: Ask<'_>, reply: Reply) {
+        let index = node.wrapping_sub(FIRST) as usize;
+        let file = self.files.get(index);
+        match (ask, file) {
+            (Ask::Lookup(name), _) => match self.lookup(node, name) {
+                Some(found) => reply.data(&wire::entry(&found, LIFETIME)),
+                None => reply.refuse(Errno::NOENT),
+            },
+            (Ask::Attributes, _) => match self.attributes(node) {
+                Some(found) => reply.data(&wire::attributes(&found, LIFETIME)),
+                None => reply.refuse(Errno::NOENT),
+            },
+            (Ask::OpenFolder, _) => reply.data(&wire::opened(None)),
+            (Ask::ReadFolder { offset, size }, None) => self.read_folder(offset, size as usize, reply),
+            (Ask::Space, _) => reply.data(&wire::space()),
+            // Durability is asked for by a sync of its own.
+            (Ask::Release, _) => reply.done(),
+            (Ask::Open, Some(_)) => self.open(index, reply),
+            (Ask::Read { offset, size }, Some(file)) => self.read(file, offset, size as usize, reply),
+            (Ask::Write { offset, data }, Some(file)) => self.write(&file.disk, offset, data, reply),
+            (Ask::Sync, Some(file)) => self.sync(&file.disk, reply),
+            (Ask::Allocate { offset, length, mode }, Some(file)) => {
+                self.allocate(&file.disk, offset, length, mode, reply);
             }
+            (Ask::Other, _) => reply.refuse(Errno::NOSYS),
+            (_, None) => reply.refuse(Errno::NOENT),
+            (_, Some(_)) => reply.refuse(Errno::NOTDIR),
         }
-        reply.ok();
     }
 }
