@@ -312,13 +312,13 @@ fn wait(child: &mut Child, limit: Duration) -> bool {
     }
 }
 
-fn story(seed: u64, rounds: usize) {
+fn story(seed: u64, rounds: usize, deaths: &[Death]) {
     eprintln!("SEED={seed}");
     let mut story = Story::begin(seed);
     for round in 0..rounds {
         let operation = OPERATIONS[(seed as usize + round) % OPERATIONS.len()];
         let travels = matches!(operation, Operation::Move | Operation::ResumeThere);
-        let death = *story.dice.pick(&DEATHS);
+        let death = *story.dice.pick(deaths);
         let death = if death == Death::OtherHost && !travels { Death::Host } else { death };
         story.round(round, operation, death);
     }
@@ -326,11 +326,16 @@ fn story(seed: u64, rounds: usize) {
 
 #[test]
 fn somebody_dies() {
-    seeds(1).for_each(|seed| story(seed, 4));
+    seeds(1).for_each(|seed| story(seed, 4, &DEATHS));
+}
+
+#[test]
+fn its_runner_dies() {
+    seeds(1).for_each(|seed| story(seed, OPERATIONS.len(), &[Death::Runner]));
 }
 
 #[test]
 #[ignore = "takes minutes for each seed; run by make soak"]
 fn somebody_dies_at_many_instants() {
-    seeds(3).for_each(|seed| story(seed, 28));
+    seeds(3).for_each(|seed| story(seed, 28, &DEATHS));
 }

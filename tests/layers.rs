@@ -125,7 +125,7 @@ fn what_was_kept_and_forgotten_leaves_few_layers() {
 
 #[test]
 fn deaths_while_layers_become_one() {
-    die_while_layers_become_one(2);
+    die_while_layers_become_one(3);
 }
 
 #[test]
@@ -163,6 +163,9 @@ fn die_while_layers_become_one(rounds: u64) {
             1 => {
                 let boots = guest.get("/boots");
                 kill(fleet.runner_pid("n"));
+                eventually("another runner took over", LONG, || {
+                    fleet.ok(&["history", "n"]).contains("another one took over").then_some(())
+                });
                 sound(&guest, &generation);
                 assert_eq!(guest.get("/boots"), boots);
             }

@@ -52,6 +52,8 @@ impl Story {
         eventually("another runner took over", LONG, || {
             (self.fleet.ok(&["history", "n"]).matches(told).count() == self.deaths).then_some(())
         });
+        let history = self.fleet.ok(&["history", "n"]);
+        eprintln!("{}", history.lines().filter(|line| line.contains(told)).next_back().unwrap_or_default());
         self.is_held();
         self.guest.answers();
         self.sound();

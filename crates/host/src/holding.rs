@@ -54,6 +54,8 @@ pub(crate) struct Holding {
 struct Held {
     parts: Parts,
     taken: Instant,
+    /// The runner has heard that it is held.
+    told: bool,
     /// Open until its runner dies, and that was noticed.
     line: Option<UnixStream>,
     /// What that runner said last.
@@ -105,8 +107,8 @@ impl Instance {
         } else if self.holding.refusals < MOST_REFUSALS {
             match link::lifeline(&self.run_dir).await {
                 Ok((parts, line)) => {
-                    self.holding.held =
-                        Some(Held { parts, taken: Instant::now(), line: Some(line), status: status.clone() });
+                    let (line, taken) = (Some(line), Instant::now());
+                    self.holding.held = Some(Held { parts, taken, told: false, line, status: status.clone() });
                 }
                 Err(error) => {
                     self.holding.refusals += 1;
@@ -116,10 +118,10 @@ impl Instance {
                     return;
                 }
             }
+        }
+        if let Some(held) = self.holding.held.as_mut().filter(|held| !held.told) {
             // It says in its status whether that worked.
-            if let Err(error) = link::ask(&self.run_dir, &Request::Hold).await {
-                tracing::warn!(%error, instance = %self.record.spec.name, "the runner does not hear that its machine may outlive it");
-            }
+            held.told = link::ask(&self.run_dir, &Request::Hold).await.is_ok();
         }
         if let Some(since) = self.holding.since.take() {
             let ms = since.elapsed().as_millis();

@@ -7,11 +7,18 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use rustix::process::Pid;
+
 use crate::arguments::netdev_name;
+use crate::event::EventReceiver;
 use crate::forward;
-use crate::guard::{GuardLine, GuardPolicy};
+use crate::guard::{self, GuardLine, GuardPolicy};
+use crate::machine::Machine;
 use crate::memory;
-use crate::vm::{Vm, VmError};
+use crate::notice::Notices;
+use crate::run_dir::RunDir;
+use crate::spawn::Process;
+use crate::vm::{LaunchError, RESUME_LIMIT, Unfinished, Vm, VmError, await_guest};
 
 /// What another process needs to take a machine over; all of it is closed on exec.
 #[derive(Debug)]
@@ -36,6 +43,25 @@ pub struct Orphan {
 }
 
 impl Vm {
+    /// Takes over the machine of a process that died; `machine` is what that one launched. It is as it was: it may be paused.
+    pub async fn adopt(machine: &Machine, orphan: Orphan) -> Result<(Vm, EventReceiver), LaunchError> {
+        let spawn = |error: std::io::Error| LaunchError::Spawn { reason: format!("could not take over QEMU: {error}") };
+        let Orphan { process, guard, run_dir, user } = orphan;
+        let run_dir = RunDir::adopt(&run_dir)?;
+        let handle = process.try_clone().map_err(spawn)?;
+        let line = guard.as_ref().map(|(_, line)| line.try_clone()).transpose().map_err(spawn)?;
+        let process = Process::adopt(process, line).map_err(spawn)?;
+        let mut unfinished = Unfinished(Some(&process));
+        // First: its thread may wait for the guard, and would not answer.
+        if let (Some((policy, line)), Some(pid)) = (guard, Pid::from_raw(process.pid() as i32)) {
+            guard::adopt(line, policy, pid, handle)?;
+        }
+        let monitor = await_guest(machine, &process, &run_dir, &run_dir.qmp_socket(), (RESUME_LIMIT, false)).await?;
+        unfinished.0 = None;
+        drop(unfinished);
+        Ok(Vm::over(process, monitor, run_dir, Notices::new(machine, None), user))
+    }
+
     /// What keeps the machine going without us.
     pub fn lifeline(&self) -> std::io::Result<Lifeline> {
         let guard = self.process().guard().map(GuardLine::try_clone).transpose()?;

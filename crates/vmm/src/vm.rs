@@ -11,7 +11,6 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::accelerator::Accelerator;
-use crate::adopt::Orphan;
 use crate::arguments::{Paths, arguments, netdev_name};
 use crate::checkpoint::Resume;
 use crate::event::{Ending, Event, EventReceiver, Exit, RunState};
@@ -27,7 +26,7 @@ use crate::spawn::{Process, Rights, SpawnError, spawn};
 /// From the start of the process to a running guest; a loaded host takes seconds.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(30);
 /// The same for a machine that goes on: its devices look into its memory, which may come over a thin link.
-const RESUME_LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const RESUME_LIMIT: Duration = Duration::from_secs(300);
 /// QEMU has no way to say that its socket is there now.
 const SOCKET_RETRY: Duration = Duration::from_millis(5);
 /// After a process has ended, its last words on the monitor are only still being read.
@@ -51,7 +50,7 @@ pub struct LaunchOptions {
     pub user: Option<(u32, u32)>,
     /// QEMU's own system call filter. On, except to look for faults.
     pub seccomp: bool,
-    /// Kill QEMU when this process dies: a power cut to the guest.
+    /// Kill QEMU when this process dies: a power cut to the guest. [`Vm::untie`] takes it back.
     pub parent_death_kill: bool,
     /// Keeps the guest from the host's own addresses; `None` leaves them open to it.
     pub guard: Option<GuardPolicy>,
@@ -166,7 +165,7 @@ pub struct Vm {
 }
 
 /// Kills the process of a launch that was given up.
-struct Unfinished<'a>(Option<&'a Process>);
+pub(crate) struct Unfinished<'a>(pub Option<&'a Process>);
 
 impl Drop for Unfinished<'_> {
     fn drop(&mut self) {
@@ -222,26 +221,7 @@ impl Vm {
         Ok((vm, events))
     }
 
-    /// Takes over the machine of a process that died; `machine` is what that one launched. It is as it was: it may be paused.
-    pub async fn adopt(machine: &Machine, orphan: Orphan) -> Result<(Vm, EventReceiver), LaunchError> {
-        let spawn = |error: std::io::Error| LaunchError::Spawn { reason: format!("could not take over QEMU: {error}") };
-        let Orphan { process, guard, run_dir, user } = orphan;
-        let run_dir = RunDir::adopt(&run_dir)?;
-        let handle = process.try_clone().map_err(spawn)?;
-        let line = guard.as_ref().map(|(_, line)| line.try_clone()).transpose().map_err(spawn)?;
-        let process = Process::adopt(process, line).map_err(spawn)?;
-        let mut unfinished = Unfinished(Some(&process));
-        // First: its thread may wait for the guard, and would not answer.
-        if let (Some((policy, line)), Some(pid)) = (guard, rustix::process::Pid::from_raw(process.pid() as i32)) {
-            crate::guard::adopt(line, policy, pid, handle)?;
-        }
-        let monitor = await_guest(machine, &process, &run_dir, &run_dir.qmp_socket(), (RESUME_LIMIT, false)).await?;
-        unfinished.0 = None;
-        drop(unfinished);
-        Ok(Vm::over(process, monitor, run_dir, Notices::new(machine, None), user))
-    }
-
-    fn over(
+    pub(crate) fn over(
         process: Process,
         (qmp, raw_events): (Client, RawEvents),
         run_dir: RunDir,
@@ -409,7 +389,7 @@ impl LaunchOptions {
     }
 }
 
-async fn await_guest(
+pub(crate) async fn await_guest(
     machine: &Machine,
     process: &Process,
     run_dir: &RunDir,
