@@ -52,6 +52,28 @@ fn settings_and_resources_reach_the_guest_and_survive() {
 }
 
 #[test]
+fn a_host_takes_what_it_is_told_to_have_memory_for() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.publish(&tiny("1"));
+    fleet.join("b");
+    let has = |fleet: &mut Fleet, size: &str, bytes: u64| {
+        fleet.kill_host("b");
+        fleet.run_host_with("b", &["--memory", size]);
+        eventually("it says so", Duration::from_secs(60), || {
+            let hosts = fleet.json(&["host", "list"]);
+            let host = hosts.as_array()?.iter().find(|host| host["name"] == "b")?;
+            (host["facts"]["memory"] == bytes).then_some(())
+        });
+    };
+    has(&mut fleet, "300M", 300 << 20);
+    let launch = ["launch", "test/tiny", "--name", "n", "--host", "b"];
+    let error = fleet.fails(&launch);
+    assert!(error.contains("44 MiB of memory left"), "{error}");
+    has(&mut fleet, "4T", 4 << 40);
+    fleet.ok(&launch);
+}
+
+#[test]
 fn the_same_disks_boot_by_uefi_which_keeps_its_variables() {
     let fleet = Fleet::start(PROGRAM);
     let (built, folder) = (tiny("1"), fleet.file("uefi"));

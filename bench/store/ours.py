@@ -36,14 +36,14 @@ def folder_of(work, disk, version=None):
 class Site:
     """A plane with a host, in a folder of its own, as a user has it."""
 
-    def __init__(self, program, folder, listen=None):
+    def __init__(self, program, folder, listen=None, more=()):
         self.program, self.folder = program, folder
         folder.mkdir(parents=True, mode=0o711)
         self.environment = dict(os.environ, COLLECTIVE_DATA=str(folder / "a"), COLLECTIVE_CONFIG=str(folder / "config"),
                                 COLLECTIVE_CACHE=str(folder / "cache"))
         for name in ("COLLECTIVE_URL", "COLLECTIVE_TOKEN"):
             self.environment.pop(name, None)
-        arguments = [program, "up", "--tcg", "--name", "a"] + (["--listen", listen] if listen else [])
+        arguments = [program, "up", "--tcg", "--name", "a"] + (["--listen", listen] if listen else []) + list(more)
         log = open(folder / "up.log", "w")
         self.up = subprocess.Popen(arguments, env=self.environment, stdout=log, stderr=log)
         until("the plane is up", lambda: run(program, "status", "--json", env=self.environment, check=False).output.count('"reachable":true') > 0)

@@ -262,7 +262,7 @@ fn facts(context: &Context) -> HostFacts {
     HostFacts {
         version: env!("CARGO_PKG_VERSION").into(),
         cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
-        memory: crate::start::total_memory().unwrap_or(0),
+        memory: config.memory.or_else(crate::start::total_memory).unwrap_or(0),
         accelerator: config.accelerator.clone(),
         root: rustix::process::geteuid().is_root(),
         cache_bytes: *lock(&context.cache_bytes),

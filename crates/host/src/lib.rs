@@ -62,6 +62,8 @@ pub struct HostConfig {
     pub warnings: Vec<String>,
     /// The cache is kept below this, in bytes, but for what instances need.
     pub cache_budget: u64,
+    /// Bytes of memory that instances may claim together; none: all of the machine's.
+    pub memory: Option<u64>,
 }
 
 impl HostConfig {

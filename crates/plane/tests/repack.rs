@@ -178,3 +178,67 @@ async fn a_small_pack_that_is_mostly_directory_is_left_alone() {
     }
     assert_eq!((repacked.packs, collected.removed.len()), (vec![], 0));
 }
+
+/// A file that cannot be removed, as in a store that is away.
+struct Held<'a>(&'a Path);
+
+impl<'a> Held<'a> {
+    fn new(path: &'a Path) -> Self {
+        rustix::mount::mount_bind(path, path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_pack_is_named_like_one_whose_removal_was_broken_off() {
+    if !rustix::process::geteuid().is_root() {
+        return println!("SKIPPED: holding a file takes root");
+    }
+    let site = Site::open().await;
+    let key = SigningKey::generate().unwrap();
+    let (first, folder) = (noise(8, b"first"), tempfile::tempdir().unwrap());
+    let second = first[..2 * FRAME].to_vec();
+    let withdraw = async |manifest: &Manifest| {
+        site.user.delete::<()>(&format!("/v1/versions/{}", sign(manifest, &key).digest())).await.unwrap();
+    };
+    // Versions with the same content each time, so that the same pack comes of it.
+    let repack = async |versions: [&str; 2]| {
+        let mut known = Vec::new();
+        let whole = publish(&site, &key, versions[0], &first, &mut known).await;
+        let part = publish(&site, &key, versions[1], &second, &mut known).await;
+        withdraw(&whole).await;
+        assert_eq!(site.user.post::<Repacked>("/v1/store/repack", &()).await.unwrap().packs.len(), 1);
+        part
+    };
+    let v2 = repack(["1", "2"]).await;
+    collect(&site).await;
+    let view: StoreView = site.user.get("/v1/store").await.unwrap();
+    let new = view.packs.iter().max_by_key(|pack| pack.size).unwrap().digest;
+    let path = site.pack(&new);
+    withdraw(&v2).await;
+    {
+        let _held = Held::new(&path);
+        site.user.post::<()>("/v1/store/collect", &()).await.unwrap_err();
+    }
+    assert!(path.exists());
+
+    let v4 = repack(["3", "4"]).await;
+    let view: StoreView = site.user.get("/v1/store").await.unwrap();
+    assert!(
+        view.packs.iter().any(|pack| pack.digest == new && pack.versions.len() == 1),
+        "it is the same pack: {view:?}"
+    );
+    collect(&site).await;
+    assert!(read(&reader(&site, folder.path(), "a"), &v4, &key).await.unwrap() == second);
+    // Nobody takes it for one that goes.
+    let packs = view.packs.iter().filter(|pack| !pack.versions.is_empty()).map(|pack| pack.digest).collect();
+    let mut v5 = v4.clone();
+    v5.version = "5".parse().unwrap();
+    site.publish(sign(&v5, &key), packs).await.unwrap();
+}

@@ -1,9 +1,11 @@
 //! The stored form of a frame or page: as it is, or compressed with zstd (RFC 8878), whichever is shorter; or, beside
 //! one of these, compressed after other frames that the reader has.
 
-use std::io::{Read, Write};
+use std::cell::RefCell;
+use std::io::{self, Read, Write};
 
 use collective_model::Digest;
+use zstd::bulk::{Compressor, Decompressor};
 
 use crate::{BLOCK, FRAME_BLOCKS, MAX_PAGE_BYTES};
 
@@ -84,6 +86,26 @@ const DELTA_LEVEL: i32 = 6;
 /// The window of differences: all bases and the content.
 const DELTA_WINDOW_LOG: u32 = 20;
 
+thread_local! {
+    // Their memory is as large as many a frame: made anew for each one, the kernel's work for it is a tenth of all.
+    static COMPRESSOR: RefCell<Option<(i32, Compressor<'static>)>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+fn compress(content: &[u8], level: i32) -> io::Result<Vec<u8>> {
+    COMPRESSOR.with_borrow_mut(|kept| match kept {
+        Some((found, compressor)) if *found == level => compressor.compress(content),
+        _ => kept.insert((level, Compressor::new(level)?)).1.compress(content),
+    })
+}
+
+fn decompress(stored: &[u8], length: usize) -> io::Result<Vec<u8>> {
+    DECOMPRESSOR.with_borrow_mut(|kept| match kept {
+        Some(decompressor) => decompressor.decompress(stored, length),
+        None => kept.insert(Decompressor::new()?).decompress(stored, length),
+    })
+}
+
 /// Encodes `content`.
 pub fn encode(content: &[u8]) -> (Encoding, Vec<u8>) {
     encode_at(LEVEL, content)
@@ -91,7 +113,7 @@ pub fn encode(content: &[u8]) -> (Encoding, Vec<u8>) {
 
 /// Encodes `content` at a level of zstd, 1 to 19: higher ones take longer and give less.
 pub(crate) fn encode_at(level: i32, content: &[u8]) -> (Encoding, Vec<u8>) {
-    match zstd::bulk::compress(content, level) {
+    match compress(content, level) {
         Ok(compressed) if compressed.len() < content.len() => (Encoding::Zstd, compressed),
         _ => (Encoding::Plain, content.to_vec()),
     }
@@ -111,7 +133,7 @@ pub(crate) fn decode_within(encoding: Encoding, stored: &[u8], length: usize) ->
     }
     let content = match encoding {
         Encoding::Plain => stored.to_vec(),
-        Encoding::Zstd => zstd::bulk::decompress(stored, length).map_err(FrameError::Zstd)?,
+        Encoding::Zstd => decompress(stored, length).map_err(FrameError::Zstd)?,
         Encoding::Delta => return Err(FrameError::Bases),
         Encoding::Sealed => return Err(FrameError::Sealed),
     };

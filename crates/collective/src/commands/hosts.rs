@@ -22,6 +22,11 @@ pub struct HostOptions {
     /// Keep the cache below this, apart from what instances need
     #[arg(long, default_value = "32G", value_name = "SIZE")]
     cache_size: ByteSize,
+    /// Let the instances that run here claim this much memory together [default: all of the machine's]
+    ///
+    /// More than there is serves where most of them stand idle: an instance takes memory only as its guest uses it. Where all of them do, the system ends some.
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
     /// Never use KVM
     #[arg(long)]
     tcg: bool,
@@ -278,6 +283,7 @@ pub async fn serve_host(ui: &Ui, data: PathBuf, options: HostOptions) -> Result<
         accelerator,
         warnings,
         cache_budget: options.cache_size.0,
+        memory: options.memory.map(|size| size.0),
     };
     Ok(collective_host::run(config, client).await?)
 }

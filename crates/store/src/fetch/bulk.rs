@@ -238,8 +238,10 @@ impl FrameStore {
                 let at = (piece.entry.offset - range.start) as usize;
                 let keep = take.is_none() || bases.contains(&piece.entry.digest);
                 let mut accepted = accept(&cache, &piece, &bytes[at..at + piece.entry.stored as usize], keep);
-                if let (Ok(accepted), Some(take)) = (&mut accepted, &take) {
-                    let given = take(&piece.entry.digest, &accepted.content);
+                if let Ok(accepted) = &mut accepted {
+                    // Of all that comes together only what is being looked at is in memory, and always the same memory.
+                    let content = std::mem::take(&mut accepted.content);
+                    let given = take.as_ref().map_or(Ok(()), |take| take(&piece.entry.digest, &content));
                     accepted.kept = std::mem::replace(&mut accepted.kept, Ok(())).and(given);
                 }
                 (piece, accepted)
