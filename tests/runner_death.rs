@@ -53,7 +53,7 @@ impl Story {
             (self.fleet.ok(&["history", "n"]).matches(told).count() == self.deaths).then_some(())
         });
         let history = self.fleet.ok(&["history", "n"]);
-        eprintln!("{}", history.lines().filter(|line| line.contains(told)).next_back().unwrap_or_default());
+        eprintln!("{}", history.lines().rfind(|line| line.contains(told)).unwrap_or_default());
         self.is_held();
         self.guest.answers();
         self.sound();
