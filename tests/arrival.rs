@@ -127,10 +127,10 @@ fn a_power_cut_while_it_arrives() {
     let story = Story::begin();
     story.arriving();
     story.put("/notes/there", "written on b");
-    let runner = story.fleet.runner_pid("n");
+    let qemu = story.fleet.qemu_pid("n");
     // Nobody has the key for the rest of it just then.
     story.link.cut();
-    kill(runner);
+    kill(qemu);
     eventually("it waits for the plane", LONG, || story.fleet.log("b").contains("to=starting").then_some(()));
     std::thread::park_timeout(Duration::from_secs(3));
     story.link.mend();
@@ -219,4 +219,42 @@ fn what_could_not_be_brought_is_moved_again_here_or_elsewhere() {
             fleet.ok(&["move", "n", "--to", "a", "--no-live"]);
         }
     }
+}
+
+#[test]
+fn its_runner_dies_while_it_arrives() {
+    let story = Story::begin();
+    story.arriving();
+    story.put("/notes/there", "written on b");
+    eventually("it may outlive its runner", LONG, || {
+        (story.fleet.runner_status("n")["outlives"] == true).then_some(())
+    });
+    let (runner, qemu) = (story.fleet.runner_pid("n"), story.fleet.qemu_pid("n"));
+    // Nobody has the key for the rest of it just then: it waits.
+    story.link.cut();
+    kill(runner);
+    std::thread::park_timeout(Duration::from_secs(3));
+    assert!(!story.fleet.ok(&["history", "n"]).contains("took over"));
+    story.link.mend();
+    let took_over = || story.fleet.ok(&["history", "n"]).contains("another one took over").then_some(());
+    eventually("another runner took over", LONG, took_over);
+    assert_eq!(story.get("/boots"), story.boots, "it was not booted");
+    assert_eq!(story.get("/notes/there"), "written on b");
+    assert!(!story.is_complete());
+    story.link.slow(0);
+    eventually("all has arrived", LONG, || story.is_complete().then_some(()));
+    story.sound();
+    assert_eq!(story.fleet.qemu_pid("n"), qemu);
+    // From here on the store is not needed, for the next one neither.
+    story.link.cut();
+    kill(story.fleet.runner_pid("n"));
+    eventually("it answers", LONG, || story.guest.ask("/health"));
+    story.sound();
+    assert_eq!(story.get("/boots"), story.boots);
+    story.link.mend();
+    let twice = || (story.fleet.ok(&["history", "n"]).matches("took over").count() == 2).then_some(());
+    eventually("another runner took over again", LONG, twice);
+    story.fleet.ok(&["suspend", "n"]);
+    story.fleet.ok(&["resume", "n"]);
+    story.sound();
 }

@@ -19,7 +19,7 @@ fn launch(fleet: &Fleet, name: &str, host: &str) -> Guest {
 }
 
 #[test]
-fn guests_outlive_daemon_and_plane_and_a_dead_runner_is_a_power_cut() {
+fn guests_outlive_daemon_plane_and_runner_and_a_dead_qemu_is_a_power_cut() {
     let mut fleet = Fleet::start(PROGRAM);
     publish(&fleet, "1");
     let guest = launch(&fleet, "n", "a");
@@ -37,8 +37,18 @@ fn guests_outlive_daemon_and_plane_and_a_dead_runner_is_a_power_cut() {
     assert_eq!(fleet.qemu_pid("n"), qemu, "the same machine was adopted");
     guest.put("/notes/again", "after adoption");
 
-    // The runner dies: QEMU with it, and the guest starts again as after a power cut.
-    kill(fleet.runner_pid("n"));
+    // The runner dies: another one takes over, and the guest goes on.
+    eventually("it may outlive its runner", LONG, || (fleet.runner_status("n")["outlives"] == true).then_some(()));
+    let runner = fleet.runner_pid("n");
+    kill(runner);
+    let took_over = || fleet.ok(&["history", "n"]).contains("another one took over").then_some(());
+    eventually("another runner took over", LONG, took_over);
+    assert_eq!(fleet.qemu_pid("n"), qemu);
+    assert_ne!(fleet.runner_pid("n"), runner);
+    assert_eq!(guest.get("/notes/again"), "after adoption");
+
+    // QEMU dies: the guest starts again as after a power cut.
+    kill(qemu);
     eventually("the crash is noticed", LONG, || fleet.ok(&["history", "n"]).contains("crashed").then_some(()));
     eventually("another machine runs", LONG, || (fleet.info("n")["state"] == "running").then_some(()));
     fleet.wait("n", "healthy");
@@ -115,7 +125,7 @@ fn a_lazy_launch_waits_for_a_store_that_is_away() {
     fleet.ok(&["start", "n"]);
     guest.answers();
     link.cut();
-    kill(fleet.runner_pid("n"));
+    kill(fleet.qemu_pid("n"));
     eventually("the guest is back without the plane", LONG, || guest.ask("/health"));
     guest.put("/notes/alone", "written while the plane was away");
     assert_eq!(guest.get("/notes/alone"), "written while the plane was away");

@@ -125,7 +125,7 @@ fn what_was_kept_and_forgotten_leaves_few_layers() {
 
 #[test]
 fn deaths_while_layers_become_one() {
-    die_while_layers_become_one(2);
+    die_while_layers_become_one(3);
 }
 
 #[test]
@@ -152,17 +152,27 @@ fn die_while_layers_become_one(rounds: u64) {
         eventually("layers are being merged", LONG, || (!read(&path)["merge"].is_null()).then_some(()));
         std::thread::park_timeout(Duration::from_millis(round * 600 / rounds));
         interrupted += u64::from(!read(&path)["merge"].is_null());
-        match round % 2 {
+        match round % 3 {
             // The daemon: the runner goes on merging, and the next daemon hears of it.
             0 => {
                 fleet.kill_up();
                 fleet.up();
                 sound(&guest, &generation);
             }
-            // The runner: a power cut to the guest.
-            _ => {
+            // The runner: another one takes over, and what was merged is merged anew.
+            1 => {
                 let boots = guest.get("/boots");
                 kill(fleet.runner_pid("n"));
+                eventually("another runner took over", LONG, || {
+                    fleet.ok(&["history", "n"]).contains("another one took over").then_some(())
+                });
+                sound(&guest, &generation);
+                assert_eq!(guest.get("/boots"), boots);
+            }
+            // QEMU: a power cut to the guest.
+            _ => {
+                let boots = guest.get("/boots");
+                kill(fleet.qemu_pid("n"));
                 eventually("it boots again", LONG, || guest.ask("/boots").filter(|now| *now != boots));
                 fleet.wait("n", "healthy");
                 generation = guest.get("/fill?20");

@@ -200,6 +200,32 @@ fn the_host_that_has_it_dies() {
     }
 }
 
+/// Its runner dies at any instant: it goes on, here or there, and stands still in between only until the plane has said whose it is.
+#[test]
+fn the_runner_that_sends_it_dies() {
+    let (fleet, _) = launch();
+    let begun = Instant::now();
+    fleet.ok(&["move", "n", "--to", "c"]);
+    let whole = begun.elapsed();
+    let (mut host, mut guest) = one_owner(&fleet);
+    let boots = guest.get("/boots");
+    for part in [20, 60, 90, 97, 101] {
+        guest.put("/notes/kept", &format!("acknowledged before {part}"));
+        let to = if host == "b" { "c" } else { "b" };
+        eventually("it may outlive its runner", LONG, || (fleet.runner_status("n")["outlives"] == true).then_some(()));
+        let runner = fleet.runner_pid("n");
+        let mut command = fleet.spawn(&["move", "n", "--to", to]);
+        std::thread::park_timeout(whole * part / 100);
+        // Unless it has gone with the machine.
+        collective_testkit::kill(runner);
+        let _ = command.wait();
+        (host, guest) = one_owner(&fleet);
+        eprintln!("after {part} % of the time: it is on {host}, and was to go to {to}");
+        assert_eq!(guest.get("/notes/kept"), format!("acknowledged before {part}"));
+        assert_eq!(guest.get("/boots"), boots, "it was not booted");
+    }
+}
+
 #[test]
 fn a_thin_link_is_noticed_and_it_is_suspended_for_the_move() {
     let (fleet, link, guest_on_b) = launch_with(&[]);

@@ -212,7 +212,7 @@ fn deaths_while_it_is_saved() {
         guest.sound(&generation);
         guest.get("/count?on");
     }
-    // The runner dies in the middle of being suspended: a power cut, and what was acknowledged is there.
+    // The runner dies in the middle of being suspended: it goes on, or is suspended, and what was acknowledged is there.
     let runner = fleet.runner_pid("n");
     let mut command = fleet.spawn(&["suspend", "n"]);
     eventually("it is being suspended", LONG, || {

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json, write_json};
+use crate::holding::Holding;
 use crate::link;
 use crate::merging::Merging;
 use crate::record::Record;
@@ -61,6 +62,7 @@ pub(crate) struct Instance {
     /// It is started again then.
     pub retry_at: Option<Instant>,
     pub merging: Merging,
+    pub holding: Holding,
     pub clock: Clock,
     pub host_key: std::sync::OnceLock<String>,
     /// A machine is about to come for it.
@@ -103,6 +105,7 @@ impl Instance {
             started: Instant::now(),
             retry_at: None,
             merging: Merging::default(),
+            holding: Holding::default(),
             clock: Clock::default(),
             host_key: std::sync::OnceLock::new(),
             expects: false,
@@ -136,6 +139,7 @@ impl Instance {
     async fn live(&mut self) {
         while !self.gone {
             self.publish();
+            let pause = self.holding.pause(POLL);
             let command = match self.waiting.pop_front() {
                 Some(command) => Some(command),
                 None => tokio::select! {
@@ -143,7 +147,8 @@ impl Instance {
                         Some(command) => Some(command),
                         None => return,
                     },
-                    () = sleep(POLL) => None,
+                    () = sleep(pause) => None,
+                    () = self.holding.death() => None,
                 },
             };
             self.observe().await;

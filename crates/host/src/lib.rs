@@ -11,6 +11,7 @@ mod clone;
 mod context;
 mod daemon;
 mod files;
+mod holding;
 mod instance;
 mod leaving;
 mod link;

@@ -1,13 +1,20 @@
 //! The daemon's end of the runner protocol: starting runners, asking them, recognising dead ones.
 
 use std::ffi::OsString;
+use std::io::{IoSlice, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use collective_keys::OwnerKey;
 use collective_model::Name;
 use collective_model::run::{MAX_MESSAGE_BYTES, Reply, Request, RunEnd, RunStatus};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use collective_model::run_lifeline::{MAX_PARTS, Part};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use zeroize::Zeroizing;
@@ -94,6 +101,86 @@ fn runner(command: &[OsString], dir: &Path) -> std::io::Result<(tokio::process::
     Ok((runner, log))
 }
 
+/// Starts a runner for `dir` that takes its machine over with these parts ([`collective_model::run_lifeline`]), and outlives us.
+pub async fn spawn_heir(
+    command: &[OsString],
+    dir: &Path,
+    parts: &Parts,
+    key: Option<OwnerKey>,
+) -> std::io::Result<u32> {
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    let (mut runner, log) = runner(command, dir)?;
+    runner.stdin(std::process::Stdio::from(OwnedFd::from(theirs))).stdout(log).process_group(0).kill_on_drop(false);
+    let mut child = runner.spawn()?;
+    let pid = child.id().unwrap_or_default();
+    tokio::spawn(async move {
+        let _ = child.wait().await;
+    });
+    let mut line = serde_json::to_vec(&Reply::Lifeline { parts: parts.iter().map(|(part, _)| *part).collect() })?;
+    line.push(b'\n');
+    let descriptors: Vec<BorrowedFd<'_>> = parts.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PARTS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(std::io::Error::other("too many descriptors"));
+    }
+    // All of it fits into the socket, whether the runner reads or not.
+    let sent = rustix::net::sendmsg(&ours, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL)?;
+    ours.write_all(&line[sent..])?;
+    if let Some(key) = key {
+        let digits = Zeroizing::new(String::from(key));
+        ours.write_all(Zeroizing::new([digits.as_bytes(), b"\n"].concat()).as_slice())?;
+    }
+    Ok(pid)
+}
+
+/// What keeps a machine going, as descriptors that are closed on exec.
+pub(crate) type Parts = Vec<(Part, OwnedFd)>;
+
+/// Asks the runner in `dir` for what keeps its machine going. The connection ends with the runner.
+pub(crate) async fn lifeline(dir: &Path) -> Result<(Parts, UnixStream), LinkError> {
+    let exchange = async {
+        let mut stream = UnixStream::connect(dir.join("runner.sock")).await?;
+        let mut bytes = serde_json::to_vec(&Request::Lifeline)?;
+        bytes.push(b'\n');
+        stream.write_all(&bytes).await?;
+        let (mut line, mut descriptors) = (Vec::new(), Vec::new());
+        while !line.ends_with(b"\n") && line.len() < MAX_MESSAGE_BYTES {
+            stream.readable().await?;
+            match stream.try_io(Interest::READABLE, || receive(&stream, &mut line, &mut descriptors)) {
+                Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => return Err(error),
+                _ => {}
+            }
+        }
+        Ok((serde_json::from_slice::<Reply>(&line)?, descriptors, stream))
+    };
+    let limit = tokio::time::timeout(ANSWER_LIMIT, exchange).await;
+    let limit = limit.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut)));
+    match limit.map_err(LinkError::Silent)? {
+        (Reply::Lifeline { parts }, descriptors, stream) if parts.len() == descriptors.len() => {
+            Ok((parts.into_iter().zip(descriptors).collect(), stream))
+        }
+        (Reply::Error { message }, ..) => Err(LinkError::Refused(message)),
+        _ => Err(LinkError::Refused("something else came than was asked for".into())),
+    }
+}
+
+fn receive(stream: &UnixStream, line: &mut Vec<u8>, descriptors: &mut Vec<OwnedFd>) -> std::io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PARTS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = [0; 4096];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let message = rustix::net::recvmsg(stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags)?;
+    line.extend(&bytes[..message.bytes]);
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    Ok(message.bytes)
+}
+
 /// Asks the runner in `dir`.
 pub async fn ask(dir: &Path, request: &Request) -> Result<RunStatus, LinkError> {
     let exchange = async {
@@ -110,6 +197,7 @@ pub async fn ask(dir: &Path, request: &Request) -> Result<RunStatus, LinkError> 
     match limit.map_err(LinkError::Silent)? {
         Reply::Status(status) => Ok(*status),
         Reply::Error { message } => Err(LinkError::Refused(message)),
+        Reply::Lifeline { .. } => Err(LinkError::Refused("something else came than was asked for".into())),
     }
 }
 
@@ -129,6 +217,7 @@ pub async fn hand_over(dir: &Path, request: &Request) -> Result<(BufReader<Owned
     match limit.map_err(LinkError::Silent)? {
         (Reply::Status(_), reader, writer) => Ok((reader, writer)),
         (Reply::Error { message }, ..) => Err(LinkError::Refused(message)),
+        (Reply::Lifeline { .. }, ..) => Err(LinkError::Refused("something else came than was asked for".into())),
     }
 }
 

@@ -22,17 +22,23 @@ impl Instance {
             return;
         }
         match link::ask(&self.run_dir, &Request::Status).await {
-            Ok(status) => self.note_status(status),
+            Ok(status) => {
+                self.note_status(status.clone());
+                self.hold(&status).await;
+            }
             Err(link::LinkError::Refused(why)) => tracing::warn!(why, "the runner refuses to tell its status"),
             Err(link::LinkError::Silent(_)) => {
                 let alive =
                     self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &self.run_dir.to_string_lossy()));
-                if !alive {
-                    let end = link::end(&self.run_dir).unwrap_or_else(|| {
-                        RunEnd::now(EndKind::Crashed, "the runner or the host died: a power cut to the guest")
-                    });
-                    self.ended(end).await;
+                if alive {
+                    return;
                 }
+                let end = link::end(&self.run_dir);
+                if end.is_none() && self.replace_runner().await {
+                    return;
+                }
+                let died = || RunEnd::now(EndKind::Crashed, "the runner or the host died: a power cut to the guest");
+                self.ended(end.unwrap_or_else(died)).await;
             }
         }
     }
@@ -68,6 +74,7 @@ impl Instance {
 
     /// The runner is gone.
     async fn ended(&mut self, end: RunEnd) {
+        self.end_machine().await;
         self.record.runner_pid = None;
         self.status = None;
         self.record.last_stop = Some(end.message.clone());

@@ -111,9 +111,13 @@ impl Instance {
 
     /// Tells the runner what the journal says, and waits for the outcome.
     async fn await_save(&mut self) -> Result<(), String> {
+        let runner = self.record.runner_pid;
         loop {
             let Some(journal) = self.record.save.clone() else { return Ok(()) };
             self.observe().await;
+            if self.record.runner_pid.is_some() && self.record.runner_pid != runner {
+                return self.not_saved("its runner died meanwhile, and another one took over".into());
+            }
             self.publish();
             // Its end, and what that means, was noted just now.
             if self.record.save.is_none() {

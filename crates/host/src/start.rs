@@ -94,9 +94,7 @@ impl Instance {
         if let Some(pid) = self.record.runner_pid.take() {
             link::kill(pid, &self.run_dir.to_string_lossy()).await;
         }
-        if let Some(pid) = self.record.qemu_pid.take() {
-            link::kill(pid, &self.record.spec.id.uuid()).await;
-        }
+        self.end_machine().await;
         link::clear_mount(&self.run_dir.join("v/d")).await;
         self.end_merge();
     }
@@ -169,6 +167,7 @@ impl Instance {
             arriving: self.record.arriving.clone(),
             rehearsal: false,
             receiving: None,
+            orphan: None,
         })
     }
 

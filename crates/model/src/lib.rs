@@ -17,6 +17,7 @@ mod names;
 mod platform;
 mod recipe;
 pub mod run;
+pub mod run_lifeline;
 pub mod run_live;
 pub mod run_merge;
 pub mod run_private;

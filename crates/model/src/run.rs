@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::run_lifeline::{Orphan, Part};
 use crate::run_live::Receiving;
 use crate::run_merge::{MergeOrder, MergeStatus};
 use crate::run_private::{RestoreDisk, RunPack};
@@ -83,6 +84,9 @@ pub struct RunConfig {
     /// Go on with a machine that comes while it runs elsewhere, once all of it is here.
     #[serde(default)]
     pub receiving: Option<Receiving>,
+    /// Take over the machine, which runs: its runner has died.
+    #[serde(default)]
+    pub orphan: Option<Box<Orphan>>,
 }
 
 /// Layers that come from the owner's data in the store while the machine runs, and what is needed for that.
@@ -258,6 +262,10 @@ pub enum Request {
     Stay,
     /// Begin to merge layers of the machine, which goes on with the new one; how it goes is in the status.
     Merge(MergeOrder),
+    /// Give what keeps the machine going when you die ([`crate::run_lifeline`]).
+    Lifeline,
+    /// I have it: the machine may outlive you.
+    Hold,
 }
 
 /// What a runner answers.
@@ -266,6 +274,11 @@ pub enum Request {
 pub enum Reply {
     /// The answer to everything that worked.
     Status(Box<RunStatus>),
+    /// What was asked for comes with the message, as descriptors in this order.
+    Lifeline {
+        /// What they are.
+        parts: Vec<Part>,
+    },
     /// It did not work.
     Error {
         /// Why.
@@ -328,6 +341,12 @@ pub struct RunStatus {
     /// Whether it went on with a saved machine.
     #[serde(default)]
     pub resumed: bool,
+    /// What it runs on.
+    #[serde(default)]
+    pub platform: Option<Platform>,
+    /// Whether the machine goes on when its runner dies, as long as somebody has what [`Request::Lifeline`] gave.
+    #[serde(default)]
+    pub outlives: bool,
     /// How much of what was not here has come; none: all was here.
     #[serde(default)]
     pub arrival: Option<Arrival>,

@@ -248,6 +248,13 @@ async fn until_up(shared: &Shared, limit: Duration) -> bool {
     }
 }
 
+/// Of a machine that was taken over nobody notes what it reads; its memory is read as any other once it is up.
+pub(crate) async fn read_on(shared: Arc<Shared>) {
+    until_up(&shared, RECORD_FOR).await;
+    // One that is over has no reader.
+    let _ = shared.orders.send(Order::ReadOn).await;
+}
+
 /// Writes into `to` which blocks the guest read until it was up, for whoever publishes the next version; of a machine that
 /// went on also which pages, for whoever brings it elsewhere the next time.
 pub(crate) async fn record(shared: Arc<Shared>, disks: Vec<Arc<Disk>>, memory: Option<Arc<Disk>>, to: PathBuf) {

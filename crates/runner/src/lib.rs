@@ -1,14 +1,16 @@
 //! The process that keeps one instance alive: its disks (FUSE) and its machine (QEMU), and nothing else.
 //!
 //! It is started by the host daemon and outlives it. All it needs is in `run.json` in its directory; it answers on
-//! `runner.sock` there ([`collective_model::run`]), and leaves `end.json` when the machine has ended. Its own death is
-//! a power cut to the guest: QEMU is told to die with it, and the next start finds the disks as after a power cut.
+//! `runner.sock` there ([`collective_model::run`]), and leaves `end.json` when the machine has ended. When it dies itself,
+//! another one takes over and the guest goes on, if the daemon has what that takes (`lifeline.rs`). Else its death is a power
+//! cut to the guest: QEMU dies with it, and the next start finds the disks as after a power cut.
 
 #![forbid(unsafe_code)]
 
 mod ahead;
 mod gate;
 mod leave;
+mod lifeline;
 mod line;
 mod machine;
 mod merge;
@@ -21,10 +23,12 @@ mod saved;
 mod send;
 mod serve;
 mod state;
+mod take_over;
 mod watch;
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use collective_model::Name;
 use collective_model::run::{EndKind, PROTOCOL, RunConfig, RunEnd, TOUCHED};
@@ -93,31 +97,37 @@ struct Ways<'a> {
     open_vault: &'a OpenVault,
     /// For what arrives.
     seal: Option<Arc<Seal>>,
+    /// Of the machine that is taken over.
+    lifeline: Mutex<Option<lifeline::Lifeline>>,
 }
 
 /// Opens the store that credentials lead to, keeping versions in the host's folder.
 pub type OpenSource = dyn Fn(&RunConfig) -> Result<Arc<dyn Source>, String> + Send + Sync;
 
 /// Runs the instance in `dir` to its end. Where some of it is to arrive, the key for that comes from `input`; a rehearsal
-/// ends with it. The returned end is also in `end.json`.
+/// ends with it, and what it takes to take a machine over comes before all else. The returned end is also in `end.json`.
 pub async fn run(
     dir: &Path,
     open_source: &OpenSource,
     open_vault: &OpenVault,
-    input: impl std::io::Read + Send + 'static,
+    input: impl std::io::Read + AsFd + Send + 'static,
 ) -> RunEnd {
     let layout = Layout { dir: dir.to_owned() };
     let prepare = || {
         let config = read_config(&layout)?;
+        let lifeline = config.orphan.as_ref().map(|_| lifeline::take(&input)).transpose()?;
         let mut input = std::io::BufReader::new(input);
         let seal = config.arriving.as_ref().map(|_| private::read_key(&mut input)).transpose()?;
         if config.rehearsal {
             private::end_with(input);
         }
-        Ok::<_, String>((config, seal))
+        Ok::<_, String>((config, seal, lifeline))
     };
     let end = match prepare() {
-        Ok((config, seal)) => machine::run(&layout, config, &Ways { open_source, open_vault, seal }).await,
+        Ok((config, seal, lifeline)) => {
+            let ways = Ways { open_source, open_vault, seal, lifeline: Mutex::new(lifeline) };
+            machine::run(&layout, config, &ways).await
+        }
         Err(message) => RunEnd::now(EndKind::NotStarted, message),
     };
     tracing::info!(kind = ?end.kind, message = end.message, "the run has ended");

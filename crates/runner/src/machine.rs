@@ -20,7 +20,7 @@ use crate::gate::Gate;
 use crate::platform;
 use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
-use crate::{Layout, MEMORY, Ways, ahead, private, receive, serve};
+use crate::{Layout, MEMORY, Ways, ahead, private, receive, serve, take_over};
 
 /// Where Debian and Ubuntu keep the UEFI code.
 const OVMF_CODE: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd"];
@@ -28,6 +28,15 @@ const OVMF_CODE: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVM
 /// Runs the machine to its end.
 pub(crate) async fn run(layout: &Layout, config: RunConfig, ways: &Ways<'_>) -> RunEnd {
     let (orders, mut inbox) = mpsc::channel(8);
+    if config.orphan.is_some() {
+        return match take_over::take_over(layout, config, ways, orders).await {
+            Ok(running) => running.see_to_its_end(inbox).await,
+            Err(error) => RunEnd::now(
+                EndKind::Crashed,
+                format!("the runner died, and no other one could take over ({error}): a power cut to the guest"),
+            ),
+        };
+    }
     match start(layout, config, ways, orders, &mut inbox).await {
         Ok(running) => running.see_to_its_end(inbox).await,
         Err(error) => RunEnd::now(EndKind::NotStarted, error.to_string()),
@@ -50,23 +59,7 @@ async fn start(
     orders: mpsc::Sender<Order>,
     inbox: &mut mpsc::Receiver<Order>,
 ) -> Result<Running, NotStarted> {
-    let source = (ways.open_source)(&config).map_err(NotStarted::step("cannot open the store"))?;
-    let cache = Cache::open(&config.cache).map_err(NotStarted::step("cannot open the host's cache"))?;
-    let gate = Gate::reserve(&config.ports).map_err(NotStarted::step("the ports are not to be had"))?;
-    let mut store = Arc::new(FrameStore::new(cache, source));
-    let mut arrival = None;
-    if let (Some(arriving), Some(seal)) = (&config.arriving, &ways.seal) {
-        let opened = private::open_arrival(&config, arriving, seal, &store, ways.open_vault).await;
-        let opened = opened.map_err(NotStarted::step("what is to arrive cannot be opened"))?;
-        store = opened.store.clone();
-        arrival = Some(opened);
-    }
-    let shared = Arc::new(Shared::new(config, store, gate, orders, arrival));
-    let _ = std::fs::remove_file(layout.trace());
-    let _ = std::fs::remove_file(layout.socket());
-    let listener = UnixListener::bind(layout.socket()).map_err(NotStarted::step("cannot listen for the daemon"))?;
-    tokio::spawn(serve::serve(listener, shared.clone()));
-
+    let shared = share(layout, config, ways, orders).await?;
     let disks = open_disks(&shared).await?;
     *shared.disks() = disks.clone();
     if let Some(receiving) = shared.config.receiving.clone() {
@@ -95,7 +88,33 @@ async fn start(
     }
 }
 
-async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
+/// Makes ready for a machine all that its tasks share, and answers the daemon from here on.
+pub(crate) async fn share(
+    layout: &Layout,
+    config: RunConfig,
+    ways: &Ways<'_>,
+    orders: mpsc::Sender<Order>,
+) -> Result<Arc<Shared>, NotStarted> {
+    let source = (ways.open_source)(&config).map_err(NotStarted::step("cannot open the store"))?;
+    let cache = Cache::open(&config.cache).map_err(NotStarted::step("cannot open the host's cache"))?;
+    let gate = Gate::reserve(&config.ports).map_err(NotStarted::step("the ports are not to be had"))?;
+    let mut store = Arc::new(FrameStore::new(cache, source));
+    let mut arrival = None;
+    if let (Some(arriving), Some(seal)) = (&config.arriving, &ways.seal) {
+        let opened = private::open_arrival(&config, arriving, seal, &store, ways.open_vault).await;
+        let opened = opened.map_err(NotStarted::step("what is to arrive cannot be opened"))?;
+        store = opened.store.clone();
+        arrival = Some(opened);
+    }
+    let shared = Arc::new(Shared::new(config, store, gate, orders, arrival));
+    let _ = std::fs::remove_file(layout.trace());
+    let _ = std::fs::remove_file(layout.socket());
+    let listener = UnixListener::bind(layout.socket()).map_err(NotStarted::step("cannot listen for the daemon"))?;
+    tokio::spawn(serve::serve(listener, shared.clone()));
+    Ok(shared)
+}
+
+pub(crate) async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
     let mut disks = Vec::new();
     for disk in &shared.config.disks {
         let wrong = |why: String| NotStarted::Disk { disk: disk.name.to_string(), why };
@@ -107,7 +126,11 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
             Some(image) => Some(image),
             None => load_image(shared, disk.image.as_ref()).await.map_err(|e| wrong(e.to_string()))?,
         };
-        let opened = Disk::open(disk.size, image, shared.store.clone(), layers);
+        let (size, store) = (disk.size, shared.store.clone());
+        let opened = match shared.config.orphan {
+            Some(_) => Disk::take_over(size, image, store, layers),
+            None => Disk::open(size, image, store, layers),
+        };
         let mut opened = opened.map_err(|e| wrong(e.to_string()))?;
         if shared.config.resume.is_some() {
             opened.record_all();
@@ -118,7 +141,7 @@ async fn open_disks(shared: &Shared) -> Result<Vec<Arc<Disk>>, NotStarted> {
 }
 
 /// The memory that the machine goes on with.
-async fn open_memory(shared: &Shared) -> Result<Option<Arc<Disk>>, NotStarted> {
+pub(crate) async fn open_memory(shared: &Shared) -> Result<Option<Arc<Disk>>, NotStarted> {
     let Some(resume) = &shared.config.resume else { return Ok(None) };
     let size = shared.config.memory_mib << 20;
     if let Some(last) = resume.memory.last().filter(|last| resume.create && !last.exists()) {
@@ -184,6 +207,18 @@ pub(crate) fn mount(
         config.user.map_or(Ok(()), |(uid, gid)| chown(&guarded, Some(uid), Some(gid)))
     };
     prepare().map_err(NotStarted::step("cannot prepare the folder of the disks"))?;
+    let files = files(config, disks, memory, waits);
+    Mount::new(&layout.mount(), files, config.user, tokio::runtime::Handle::current())
+        .map_err(NotStarted::step("cannot show the disks to QEMU"))
+}
+
+/// What is shown to QEMU, in this order.
+pub(crate) fn files(
+    config: &RunConfig,
+    disks: &[Arc<Disk>],
+    memory: Option<(Arc<Disk>, Option<std::fs::File>)>,
+    waits: Arc<Notify>,
+) -> Vec<File> {
     let file = |(run, disk): (&RunDisk, &Arc<Disk>)| File {
         name: run.name.to_string(),
         disk: disk.clone(),
@@ -191,9 +226,7 @@ pub(crate) fn mount(
         waits: None,
     };
     let memory = memory.map(|(disk, backing)| File { name: MEMORY.into(), disk, backing, waits: Some(waits) });
-    let files = config.disks.iter().zip(disks).map(file).chain(memory).collect();
-    Mount::new(&layout.mount(), files, config.user, tokio::runtime::Handle::current())
-        .map_err(NotStarted::step("cannot show the disks to QEMU"))
+    config.disks.iter().zip(disks).map(file).chain(memory).collect()
 }
 
 async fn launch(
@@ -253,7 +286,10 @@ pub(crate) async fn create(
     });
     let (platform, processor) =
         platform::here(config, &qemu, &accelerator).map_err(NotStarted::step("the guest cannot have its processor"))?;
-    shared.status().processor = Some(platform.cpu.clone());
+    {
+        let mut status = shared.status();
+        (status.processor, status.platform) = (Some(platform.cpu.clone()), Some(platform.clone()));
+    }
     let resume = resume(&platform)?;
     let options = vmm::LaunchOptions {
         qemu: qemu.path,
@@ -263,7 +299,7 @@ pub(crate) async fn create(
         user: config.user,
         seccomp: true,
         parent_death_kill: true,
-        guard: Some(vmm::GuardPolicy { deny: config.deny.clone(), ..Default::default() }),
+        guard: Some(guard_policy(config)),
         resume,
     };
     let machine = describe(layout, config)?;
@@ -281,7 +317,12 @@ pub(crate) async fn read_singly(vm: &vmm::Vm, singly: bool) {
     }
 }
 
-fn describe(layout: &Layout, config: &RunConfig) -> Result<vmm::Machine, NotStarted> {
+/// Where the guest must not send to.
+pub(crate) fn guard_policy(config: &RunConfig) -> vmm::GuardPolicy {
+    vmm::GuardPolicy { deny: config.deny.clone(), ..Default::default() }
+}
+
+pub(crate) fn describe(layout: &Layout, config: &RunConfig) -> Result<vmm::Machine, NotStarted> {
     let firmware = match (config.firmware, &config.uefi_vars) {
         (Firmware::Bios, _) => vmm::Firmware::Bios,
         (Firmware::Uefi, Some(vars)) => {

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::line::Line;
 use crate::state::{Order, Shared};
-use crate::{leave, merge};
+use crate::{leave, lifeline, merge};
 
 /// Serves daemons until the runner ends.
 pub(crate) async fn serve(listener: UnixListener, shared: Arc<Shared>) {
@@ -42,6 +42,10 @@ async fn converse(stream: UnixStream, shared: Arc<Shared>) -> io::Result<()> {
             Ok(Request::Arrive) => {
                 return hand_over(&shared, Line { reader, writer }, |line| Order::Arrive { line }).await;
             }
+            Ok(Request::Lifeline) => {
+                lifeline::give(&shared, &mut writer).await?;
+                continue;
+            }
             Ok(request) => answer(request, &shared).await,
             Err(error) => Reply::Error { message: format!("not a request that this runner knows: {error}") },
         };
@@ -68,6 +72,8 @@ async fn answer(request: Request, shared: &Arc<Shared>) -> Reply {
         Request::PowerOff => order(shared, Order::PowerOff).await,
         Request::Save(what) => save(shared, what).await,
         Request::Stay => order(shared, Order::Stay).await,
+        Request::Hold => order(shared, Order::Hold).await,
+        Request::Lifeline => Err("descriptors come with a message of their own".into()),
         // These have the whole connection.
         Request::Leave { .. } | Request::Arrive => Err("this is the last thing that is asked on a connection".into()),
         Request::Merge(what) => merge::begin(shared, what),

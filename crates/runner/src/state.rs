@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use collective_model::run::{PROTOCOL, Phase, RunConfig, RunStatus, SaveOrder};
+use collective_model::run::{Leave, PROTOCOL, Phase, RunConfig, RunStatus, SaveOrder};
 use collective_store::fetch::FrameStore;
 use collective_store::image::ImageMap;
 use collective_volume::Disk;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::gate::Gate;
+use crate::lifeline::Parts;
 use crate::line::Line;
 use crate::private::Arrival;
 
@@ -66,6 +67,8 @@ pub(crate) enum Order {
     },
     /// Nobody else has it.
     Stay,
+    /// The daemon has what keeps it going.
+    Hold,
     /// These layers of memory are one now.
     Merged {
         layers: Vec<PathBuf>,
@@ -90,6 +93,8 @@ pub(crate) struct Shared {
     /// Bytes of frames that came before anybody waited for them.
     pub ahead: AtomicU64,
     status: Mutex<RunStatus>,
+    /// What keeps the machine going without us, for as long as it runs.
+    lifeline: Mutex<Parts>,
 }
 
 impl Shared {
@@ -101,7 +106,10 @@ impl Shared {
         arrival: Option<Arrival>,
     ) -> Self {
         let arrives = arrival.as_ref().map(|_| Default::default());
-        let status = RunStatus { protocol: PROTOCOL, pid: std::process::id(), arrival: arrives, ..Default::default() };
+        // Before anybody asks whether it may go on.
+        let leave = if config.orphan.as_ref().is_some_and(|orphan| orphan.sent) { Leave::Sent } else { Leave::No };
+        let (protocol, pid) = (PROTOCOL, std::process::id());
+        let status = RunStatus { protocol, pid, leave, arrival: arrives, ..Default::default() };
         Self {
             config,
             store,
@@ -113,7 +121,12 @@ impl Shared {
             arrival,
             ahead: AtomicU64::new(0),
             status: Mutex::new(status),
+            lifeline: Mutex::default(),
         }
+    }
+
+    pub fn lifeline(&self) -> MutexGuard<'_, Parts> {
+        self.lifeline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What a chain of layers stands on whose lowest one is to arrive, and the layers above that.

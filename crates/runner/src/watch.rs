@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::machine::{Running, read_singly};
 use crate::state::{Order, Shared};
-use crate::{leave, probe, save};
+use crate::{leave, lifeline, probe, save};
 
 /// A guest that was paused because the host's disk was full is tried again after this time.
 const RETRY_PAUSED: Duration = Duration::from_secs(5);
@@ -38,6 +38,17 @@ async fn end_of<F: Future<Output = ()> + Unpin>(begun: &mut Option<F>) {
     }
 }
 
+/// From here on the machine may outlive us.
+async fn hold(vm: &vmm::Vm, shared: &Shared) {
+    let is_tied = !shared.status().outlives;
+    if is_tied {
+        match vm.untie().await {
+            Ok(()) => shared.status().outlives = true,
+            Err(error) => tracing::warn!(%error, "the machine dies with this process"),
+        }
+    }
+}
+
 /// Makes one more port reachable.
 async fn forward_port(vm: &vmm::Vm, shared: &Shared, port: u16) -> Result<(), String> {
     // Two may have asked for the same one.
@@ -56,12 +67,19 @@ impl Running {
             let (_, at) = *status.forwards.iter().find(|(port, _)| *port == check.http.port)?;
             Some((check, at))
         });
+        if !config.rehearsal {
+            match lifeline::parts(&self.mount, &self.vm) {
+                Ok(parts) => *self.shared.lifeline() = parts,
+                Err(error) => tracing::warn!(%error, "the machine dies with this process"),
+            }
+        }
         let prober = health.map(|(check, at)| tokio::spawn(probe::watch(self.shared.clone(), check, at)));
         let (kind, message, saved) = self.watch(&mut inbox).await;
         if let Some(prober) = prober {
             prober.abort();
         }
         self.shared.status().phase = Phase::Ended;
+        self.shared.lifeline().clear();
         RunEnd { saved, ..self.close(kind, message) }
     }
 
@@ -141,6 +159,7 @@ impl Running {
                             shared.status().leave = Leave::No;
                             let _ = vm.cont().await;
                         }
+                        Order::Hold => hold(vm, shared).await,
                         Order::Merged { layers, target, done } => _ = done.send(saver.replace(&layers, &target)),
                         Order::Forward { port, done } => _ = done.send(forward_port(vm, shared, port).await),
                         Order::Save(order) => {
@@ -189,7 +208,9 @@ impl Running {
             vmm::ExitReason::Crashed { stderr_tail } => {
                 let how = match (exit.code, exit.signal) {
                     (_, Some(signal)) => format!("QEMU was killed by signal {signal}"),
-                    (code, _) => format!("QEMU ended with code {}", code.unwrap_or(-1)),
+                    (Some(code), _) => format!("QEMU ended with code {code}"),
+                    // The child of a runner that died.
+                    (None, None) => "QEMU ended, and nobody saw how".into(),
                 };
                 let tail = stderr_tail.trim();
                 (EndKind::Crashed, if tail.is_empty() { how } else { format!("{how}; it said: {tail}") })

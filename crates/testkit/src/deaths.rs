@@ -12,11 +12,24 @@ impl Fleet {
         found.map(|(pid, _)| pid).unwrap_or_else(|| panic!("{name} has no runner"))
     }
 
+    /// `kill -9` of the runner of an instance, if it has one.
+    pub fn kill_runner(&self, name: &str) {
+        let dir = self.run_dir(&self.info(name)).expect("a run directory");
+        let mark = dir.to_string_lossy().into_owned();
+        let is_one = |line: &str| line.contains(" runner ") && line.ends_with(&format!("{mark} "));
+        processes().into_iter().filter(|(_, line)| is_one(line)).for_each(|(pid, _)| kill(pid));
+    }
+
     /// QEMU of an instance.
     pub fn qemu_pid(&self, name: &str) -> i32 {
         let uuid = uuid(self.info(name)["id"].as_str().expect("an id"));
         let found = processes().into_iter().find(|(_, line)| line.contains("qemu-system") && line.contains(&uuid));
         found.map(|(pid, _)| pid).unwrap_or_else(|| panic!("{name} has no QEMU"))
+    }
+
+    /// The process with plane and host `a`.
+    pub fn up_pid(&self) -> u32 {
+        self.up.as_ref().expect("it is up").id()
     }
 
     /// `kill -9` of the process with plane and host `a`.

@@ -64,7 +64,7 @@ pub enum RunState {
 /// How QEMU ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exit {
-    /// Exit code, when it ended by itself.
+    /// Exit code, when it ended by itself. Of a machine that was taken over neither this nor the signal is known.
     pub code: Option<i32>,
     /// Signal, when one ended it.
     pub signal: Option<i32>,

@@ -8,11 +8,13 @@
 //! * `accelerator`, `processor`, `qemu`: what this host can do, found out by use.
 //! * `spawn`, `run_dir`: the process itself, its rights and its files.
 //! * `qmp`, `event`, `vm`: talking to it.
+//! * `adopt`: a machine that goes on when the process that launched it has died.
 //! * `memory`, `state`, `checkpoint`: a machine as data: what it is beside its disks, saved and brought back.
 //! * `notice`: a guest that goes on learns of other content of a disk.
 //! * `guard`: keeps the guest away from the host's own addresses, without root and without a firewall.
 
 mod accelerator;
+mod adopt;
 mod arguments;
 mod checkpoint;
 mod event;
@@ -31,9 +33,10 @@ mod state;
 mod vm;
 
 pub use accelerator::{Accelerator, detect_accelerator};
+pub use adopt::{Lifeline, Orphan};
 pub use checkpoint::Resume;
 pub use event::{Event, EventReceiver, Exit, ExitReason, RunState};
-pub use guard::{Denial, GuardError, GuardPolicy, HostView, Transport, decide};
+pub use guard::{Denial, GuardError, GuardLine, GuardPolicy, HostView, Transport, decide};
 pub use machine::{Display, Drive, Firmware, InvalidMachine, Machine, Nic, Outbound};
 pub use memory::{GuestMemory, tracks_writes};
 pub use processor::{Portable, Processor, portable_processors};

@@ -78,22 +78,33 @@ impl RunDir {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io("make the directory")(error)),
             _ => {}
         }
+        let RunDir { directory, log, log_start, .. } = Self::open(path, &[QMP_SOCKET, SERIAL_SOCKET, SCREEN, DEVICES])?;
+        fchmod(&directory, Mode::RWXU).map_err(|errno| io("set the rights")(errno.into()))?;
+        if let Some((uid, gid)) = user {
+            fchown(&directory, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+                .map_err(|errno| io("give the directory to the machine's user")(errno.into()))?;
+        }
+        Ok(RunDir { path: path.to_owned(), directory, log, log_start })
+    }
+
+    /// The directory of a machine that runs, whose launcher died and may have left something half-way.
+    pub(crate) fn adopt(path: &Path) -> Result<RunDir, RunDirError> {
+        Self::open(path, &[SCREEN, DEVICES])
+    }
+
+    fn open(path: &Path, without: &[&str]) -> Result<RunDir, RunDirError> {
+        let io = |doing| move |source: io::Error| RunDirError::Io { doing, path: path.to_owned(), source };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory =
             openat(CWD, path, flags, Mode::empty()).map_err(|errno| io("open it as a directory")(errno.into()))?;
-        for name in [QMP_SOCKET, SERIAL_SOCKET, SCREEN, DEVICES] {
-            match unlinkat(&directory, name, AtFlags::empty()) {
+        for name in without {
+            match unlinkat(&directory, *name, AtFlags::empty()) {
                 Ok(()) | Err(rustix::io::Errno::NOENT) => {}
                 Err(errno) => return Err(io("remove what an earlier machine left")(errno.into())),
             }
         }
         let log = open_log(&directory).map_err(io("open the log of QEMU"))?;
         let log_start = log.metadata().map_err(io("look at the log of QEMU"))?.len();
-        fchmod(&directory, Mode::RWXU).map_err(|errno| io("set the rights")(errno.into()))?;
-        if let Some((uid, gid)) = user {
-            fchown(&directory, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
-                .map_err(|errno| io("give the directory to the machine's user")(errno.into()))?;
-        }
         Ok(RunDir { path: path.to_owned(), directory, log, log_start })
     }
 

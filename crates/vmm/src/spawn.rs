@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,7 +19,7 @@ use rustix::process::{
 use rustix::thread::{Gid, Uid, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use tokio::sync::{oneshot, watch};
 
-use crate::guard::{self, ChildEnd, GuardError, GuardPolicy};
+use crate::guard::{self, ChildEnd, GuardError, GuardLine, GuardPolicy};
 
 /// What the process may do and when it ends with us.
 #[derive(Debug, Clone, Default)]
@@ -52,12 +52,13 @@ pub(crate) struct RawExit {
     pub signal: Option<i32>,
 }
 
-/// A running child. Dropping it does not end the process.
+/// A running child, or one of a process that died. Dropping it does not end the process.
 #[derive(Debug)]
 pub(crate) struct Process {
     pid: u32,
     handle: Arc<OwnedFd>,
     exit: watch::Receiver<Option<RawExit>>,
+    guard: Option<GuardLine>,
 }
 
 /// Starts `program`. When the future is given up, the process is killed.
@@ -76,21 +77,28 @@ pub(crate) async fn spawn(
     let program = program.to_owned();
     let keep = move || match start(&program, arguments, log, rights) {
         Err(error) => drop(sender.send(Err(error))),
-        Ok((child, handle)) => keep(child, Arc::new(handle), sender),
+        Ok(started) => keep(started, sender),
     };
     std::thread::Builder::new().name("vm-keeper".into()).spawn(keep).map_err(error_of.clone())?;
     started.await.unwrap_or_else(|_| Err(error_of(io::Error::other("the thread that starts it ended"))))
 }
 
-fn keep(mut child: Child, handle: Arc<OwnedFd>, started: oneshot::Sender<Result<Process, SpawnError>>) {
+struct Started {
+    child: Child,
+    handle: OwnedFd,
+    guard: Option<GuardLine>,
+}
+
+fn keep(started: Started, sender: oneshot::Sender<Result<Process, SpawnError>>) {
+    let Started { mut child, handle, guard } = started;
+    let (handle, started) = (Arc::new(handle), sender);
     let (sender, exit) = watch::channel(None);
-    let process = Process { pid: child.id(), handle: handle.clone(), exit };
+    let process = Process { pid: child.id(), handle: handle.clone(), exit, guard };
     if started.send(Ok(process)).is_err() {
         let _ = pidfd_send_signal(&*handle, Signal::KILL);
     }
     // A wait for the child would also take its stops away from whoever traces it (see `memory::inject`).
-    let mut ended = [PollFd::new(&*handle, PollFlags::IN)];
-    while poll(&mut ended, None).is_err() {}
+    await_end(&handle);
     let exit = match child.wait() {
         Ok(status) => RawExit { code: status.code(), signal: status.signal() },
         Err(error) => {
@@ -101,12 +109,12 @@ fn keep(mut child: Child, handle: Arc<OwnedFd>, started: oneshot::Sender<Result<
     sender.send_replace(Some(exit));
 }
 
-fn start(
-    program: &Path,
-    arguments: Vec<String>,
-    log: File,
-    mut rights: Rights,
-) -> Result<(Child, OwnedFd), SpawnError> {
+fn await_end(process: &OwnedFd) {
+    let mut ended = [PollFd::new(process, PollFlags::IN)];
+    while poll(&mut ended, None).is_err() {}
+}
+
+fn start(program: &Path, arguments: Vec<String>, log: File, mut rights: Rights) -> Result<Started, SpawnError> {
     let user = rights.user.map(|(uid, gid)| format!(" as user {uid}, group {gid}")).unwrap_or_default();
     let fail = |source: io::Error| SpawnError::Start { program: program.to_owned(), user: user.clone(), source };
     let (child_end, guard) =
@@ -130,9 +138,14 @@ fn start(
     match (spawned, guard.and_then(guard::Guard::outcome)) {
         (Err(_), Some(Err(error))) => Err(error.into()),
         (Err(error), _) => Err(fail(error)),
-        (Ok(child), _) => {
-            let pid = Pid::from_child(&child);
-            pidfd_open(pid, PidfdFlags::empty()).map(|handle| (child, handle)).map_err(|errno| fail(errno.into()))
+        (Ok(mut child), Some(Err(error))) => {
+            let _ = child.kill().and_then(|()| child.wait());
+            Err(error.into())
+        }
+        (Ok(child), guard) => {
+            let handle = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+            let handle = handle.map_err(|errno| fail(errno.into()))?;
+            Ok(Started { child, handle, guard: guard.and_then(Result::ok) })
         }
     }
 }
@@ -170,6 +183,29 @@ fn limit(command: &mut Command, rights: Rights, guard: Option<ChildEnd>) {
 }
 
 impl Process {
+    /// A process whose parent died. How it ends nobody can see, only that it does.
+    pub(crate) fn adopt(handle: OwnedFd, guard: Option<GuardLine>) -> io::Result<Self> {
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", handle.as_raw_fd()))?;
+        let pid = text.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok());
+        let pid = pid.ok_or_else(|| io::Error::other("it has ended"))?;
+        let (handle, (sender, exit)) = (Arc::new(handle), watch::channel(None));
+        let process = handle.clone();
+        let keep = move || {
+            await_end(&process);
+            sender.send_replace(Some(RawExit { code: None, signal: None }));
+        };
+        std::thread::Builder::new().name("vm-keeper".into()).spawn(keep)?;
+        Ok(Self { pid, handle, exit, guard })
+    }
+
+    pub(crate) fn handle(&self) -> &OwnedFd {
+        &self.handle
+    }
+
+    pub(crate) fn guard(&self) -> Option<&GuardLine> {
+        self.guard.as_ref()
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.pid
     }

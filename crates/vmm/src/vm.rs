@@ -26,7 +26,7 @@ use crate::spawn::{Process, Rights, SpawnError, spawn};
 /// From the start of the process to a running guest; a loaded host takes seconds.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(30);
 /// The same for a machine that goes on: its devices look into its memory, which may come over a thin link.
-const RESUME_LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const RESUME_LIMIT: Duration = Duration::from_secs(300);
 /// QEMU has no way to say that its socket is there now.
 const SOCKET_RETRY: Duration = Duration::from_millis(5);
 /// After a process has ended, its last words on the monitor are only still being read.
@@ -50,7 +50,7 @@ pub struct LaunchOptions {
     pub user: Option<(u32, u32)>,
     /// QEMU's own system call filter. On, except to look for faults.
     pub seccomp: bool,
-    /// Kill QEMU when this process dies: a power cut to the guest.
+    /// Kill QEMU when this process dies: a power cut to the guest. [`Vm::untie`] takes it back.
     pub parent_death_kill: bool,
     /// Keeps the guest from the host's own addresses; `None` leaves them open to it.
     pub guard: Option<GuardPolicy>,
@@ -165,7 +165,7 @@ pub struct Vm {
 }
 
 /// Kills the process of a launch that was given up.
-struct Unfinished<'a>(Option<&'a Process>);
+pub(crate) struct Unfinished<'a>(pub Option<&'a Process>);
 
 impl Drop for Unfinished<'_> {
     fn drop(&mut self) {
@@ -213,17 +213,26 @@ impl Vm {
         let (qmp, raw_events) = await_guest(machine, &process, &run_dir, &qmp_socket, (limit, is_whole)).await?;
         unfinished.0 = None;
         drop(unfinished);
-        let (sender, events) = mpsc::channel(EVENT_LIMIT);
-        let (ending_sender, ending) = watch::channel((Ending::NotSaid, false));
-        tokio::spawn(pump(raw_events, sender, ending_sender));
-        let was_killed = AtomicBool::new(false);
-        let user = options.user;
-        let vm = Vm { process, qmp, run_dir, was_killed, ending, forwarding: Mutex::new(()), notices, user };
+        let (vm, events) = Vm::over(process, (qmp, raw_events), run_dir, notices, options.user);
         if let Some(state) = state {
             let _ = std::fs::remove_file(devices);
             vm.fill_blocks(state).await.map_err(|error| LaunchError::Resume { reason: error.to_string() })?;
         }
         Ok((vm, events))
+    }
+
+    pub(crate) fn over(
+        process: Process,
+        (qmp, raw_events): (Client, RawEvents),
+        run_dir: RunDir,
+        notices: Notices,
+        user: Option<(u32, u32)>,
+    ) -> (Vm, EventReceiver) {
+        let (sender, events) = mpsc::channel(EVENT_LIMIT);
+        let (ending_sender, ending) = watch::channel((Ending::NotSaid, false));
+        tokio::spawn(pump(raw_events, sender, ending_sender));
+        let was_killed = AtomicBool::new(false);
+        (Vm { process, qmp, run_dir, was_killed, ending, forwarding: Mutex::new(()), notices, user }, events)
     }
 
     /// Process id of QEMU.
@@ -327,6 +336,10 @@ impl Vm {
         Exit::new(exit.code, exit.signal, last_word, self.was_killed.load(Ordering::SeqCst), || self.run_dir.log_tail())
     }
 
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
+    }
+
     pub(crate) fn run_dir(&self) -> &RunDir {
         &self.run_dir
     }
@@ -376,7 +389,7 @@ impl LaunchOptions {
     }
 }
 
-async fn await_guest(
+pub(crate) async fn await_guest(
     machine: &Machine,
     process: &Process,
     run_dir: &RunDir,

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use collective_vmm::{
-    Accelerator, Display, Drive, Event, EventReceiver, ExitReason, Firmware, GuardPolicy, LaunchError, LaunchOptions,
-    Machine, Nic, Outbound, Processor, RunState, Vm, detect_accelerator, find_qemu,
+    Accelerator, Display, Drive, Event, EventReceiver, ExitReason, Firmware, GuardLine, GuardPolicy, LaunchError,
+    LaunchOptions, Machine, Nic, Orphan, Outbound, Processor, RunState, Vm, detect_accelerator, find_qemu,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -74,6 +74,13 @@ impl Bench {
             resume: None,
         };
         Bench { temp, machine, options }
+    }
+
+    /// The same machine in a folder that has its disk.
+    fn at(mut self, folder: &Path) -> Bench {
+        self.machine.drives[0].path = folder.join("system.raw");
+        self.options.run_dir = folder.join("run");
+        self
     }
 
     async fn launch(&self) -> (Vm, EventReceiver) {
@@ -288,4 +295,67 @@ fn mount_small(path: &Path) -> rustix::io::Result<()> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS)? };
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     mount("tmpfs", path, "tmpfs", MountFlags::empty(), c"size=64k")
+}
+
+const ROLE: &str = "COLLECTIVE_TEST_LAUNCHER";
+
+/// Not a test of its own: the role of a launcher that is killed while its machine runs.
+#[tokio::test]
+#[ignore = "started by another test"]
+async fn launcher() {
+    use std::os::fd::AsRawFd;
+    let Ok(folder) = std::env::var(ROLE) else { return };
+    let bench = Bench::new(ECHO).await.at(Path::new(&folder));
+    let (vm, _events) = bench.launch().await;
+    vm.forward(0, 80).await.unwrap();
+    vm.memory().await.unwrap();
+    bench.serial_says("B").await;
+    vm.untie().await.unwrap();
+    let line = vm.lifeline().unwrap();
+    let guard = line.guard.unwrap();
+    let [process, listener, received] = [&line.process, &guard.listener, &guard.received].map(AsRawFd::as_raw_fd);
+    println!("\nREADY {process} {listener} {received}");
+    std::future::pending::<()>().await;
+}
+
+#[tokio::test]
+async fn a_machine_outlives_its_launcher_and_is_taken_over() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+    let bench = Bench::new(ECHO).await;
+    let mut launcher = Command::new(std::env::current_exe().unwrap());
+    launcher.args(["launcher", "--exact", "--ignored", "--nocapture"]).env(ROLE, bench.temp.path());
+    let mut launcher = launcher.stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(launcher.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let ready = lines.filter_map(|line| line.strip_prefix("READY ").map(ToOwned::to_owned)).next().unwrap();
+    let pid = rustix::process::Pid::from_child(&launcher);
+    let theirs = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+    let mut parts = ready.split(' ').map(|number| {
+        let flags = rustix::process::PidfdGetfdFlags::empty();
+        rustix::process::pidfd_getfd(&theirs, number.parse().unwrap(), flags).unwrap()
+    });
+    let [process, listener, received] = std::array::from_fn(|_| parts.next().unwrap());
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+
+    let guard = Some((GuardPolicy::default(), GuardLine { listener, received }));
+    let orphan = Orphan { process, guard, run_dir: bench.options.run_dir.clone(), user: None };
+    let (vm, mut events) = Vm::adopt(&bench.machine, orphan).await.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(vm.status().await.unwrap(), RunState::Running);
+    let forwards = vm.forwards(0).await.unwrap();
+    assert_eq!(forwards.iter().map(|(port, _)| *port).collect::<Vec<_>>(), [80]);
+    TcpStream::connect(forwards[0].1).await.unwrap();
+    // The kernel notes what is written, as it did for the one that died.
+    let mut memory = vm.memory().await.unwrap();
+    assert_eq!(memory.untracked().is_none(), collective_vmm::tracks_writes().is_ok());
+    assert!(!memory.changed().unwrap().is_empty(), "the first answer has everything");
+    let mut console = UnixStream::connect(vm.serial_socket()).await.unwrap();
+    console.write_all(b"x").await.unwrap();
+    let mut echo = [0];
+    timeout(LIMIT, console.read_exact(&mut echo)).await.unwrap().unwrap();
+    assert_eq!(&echo, b"x");
+    vm.power_button().await.unwrap();
+    next(&mut events, |event| matches!(event, Event::GuestShutdown { by_guest: true, .. })).await;
+    let exit = timeout(LIMIT, vm.wait()).await.unwrap();
+    assert_eq!((exit.code, exit.signal, exit.reason), (None, None, ExitReason::GuestShutdown));
 }

@@ -111,6 +111,14 @@ impl Chain {
         (table.layer(owner).cloned(), alike)
     }
 
+    /// Whether it was noted, when the layers were opened, what the one held that took the writes: the newest that holds
+    /// anything, or an empty one above it.
+    pub fn is_known(&self) -> bool {
+        let layers: Vec<Arc<Layer>> = self.table().in_order().cloned().collect();
+        let mut newest = layers.iter().rev();
+        newest.find(|layer| layer.was_noted() || !layer.held().is_empty()).is_some_and(|layer| layer.was_noted())
+    }
+
     /// The layer that takes the writes.
     pub fn top_layer(&self) -> Option<Arc<Layer>> {
         self.table().layer(self.top()).cloned()
@@ -218,6 +226,13 @@ impl Chain {
         let written = table.order.iter().filter(|link| link.took_writes);
         let layers: Vec<Arc<Layer>> = written.filter_map(|link| table.layer(link.slot).cloned()).collect();
         drop(table);
-        layers.iter().try_for_each(|layer| layer.flush())
+        let top = self.top_layer();
+        layers.iter().try_for_each(|layer| {
+            layer.flush()?;
+            if top.as_ref().is_some_and(|top| !Arc::ptr_eq(top, layer)) {
+                layer.forget_held();
+            }
+            Ok(())
+        })
     }
 }

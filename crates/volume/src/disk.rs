@@ -30,6 +30,9 @@ pub enum DiskError {
     /// The chain cannot take writes, or has too many layers.
     #[error("a disk needs 1 to {MAX_LAYERS} layers, and this one has {0}")]
     Layers(usize),
+    /// Whoever died had it open, and its last words are missing.
+    #[error("what was written to it last is not known any more: it is not noted, or a flush had failed")]
+    NotNoted,
 }
 
 /// A disk, open. Reads run side by side; writes to blocks that the top layer holds do as well.
@@ -88,8 +91,23 @@ impl Disk {
         }
         let last = layers.len() - 1;
         let open = |(i, path): (usize, &PathBuf)| Layer::open(path, size, i == last);
-        let layers = layers.iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
+        let mut layers = layers.iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
+        if let Some(top) = layers.pop() {
+            layers.push(top.note_held()?);
+        }
         Ok(Self::over(size, image, store, layers))
+    }
+
+    /// Opens a disk that another process had open until it died, as it was then: with all that was written to it, whether it
+    /// was flushed or not. That is durable afterwards.
+    pub fn take_over(
+        size: u64,
+        image: Option<Arc<ImageMap>>,
+        store: Arc<FrameStore>,
+        layers: &[PathBuf],
+    ) -> Result<Self, DiskError> {
+        let disk = Self::open(size, image, store, layers)?;
+        if disk.chain.is_known() { Ok(disk) } else { Err(DiskError::NotNoted) }
     }
 
     /// `layers`: at least one, all of them for `size`, the last one writable.
@@ -104,6 +122,7 @@ impl Disk {
     /// Keeps what the disk is now: from here on `next`, an empty layer, takes the writes. What the old layers got is
     /// durable after the next [`flush`](Self::flush).
     pub fn freeze(&self, next: Layer) -> Result<(), DiskError> {
+        let next = next.note_held()?;
         let _alone = self.alone();
         if self.frozen || !self.chain.push(next) {
             return Err(DiskError::Layers(self.chain.len() + 1));

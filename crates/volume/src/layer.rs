@@ -8,6 +8,8 @@
 //! copy of the changed map pages, syncs the data, writes the copy, syncs the map, which so never runs ahead of the data.
 //! A block written but not flushed may be old or new after a power cut, as on any disk, and never something else.
 //!
+//! A top layer also notes what it holds for a process that takes over from this one ([`held`]).
+//!
 //! Only the content of its blocks tells whether the newest record counts. So who wants to change one of them has to
 //! confirm the record first, with a flush: it writes the next one, or folds.
 //!
@@ -17,15 +19,16 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use collective_store::BLOCK;
 
 use crate::backing::{Backing, read_full};
+use crate::held::{self, Boot, Held};
 use crate::log::{self, Blocks, Record, SLOT, SLOTS};
-use crate::map::{self, Bits, Map};
+use crate::make::{grow, make, map_path};
+use crate::map::{self, Bits};
 use crate::replay::{Replay, content, replay, settle};
 use crate::rules::{Rule, keeps};
 
@@ -66,6 +69,16 @@ pub struct Layer {
     bits: Mutex<Bits>,
     /// One flush at a time. Taken before `fixed`, and that before `bits`.
     flushing: Mutex<Flushing>,
+    held: Option<Held>,
+    was_noted: bool,
+}
+
+/// The files of a layer.
+pub(crate) struct Files {
+    pub data: Box<dyn Backing>,
+    pub map: Box<dyn Backing>,
+    /// What was noted, and the present boot of the host.
+    pub held: Option<(Box<dyn Backing>, Boot)>,
 }
 
 /// Blocks that must not change.
@@ -97,71 +110,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where the map of the layer at `data` is.
-pub(crate) fn map_path(data: &Path) -> PathBuf {
-    suffixed(data, ".map")
-}
-
-fn suffixed(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-/// The data file appears last and whole, by rename: what a crash leaves behind before that is overwritten next time,
-/// and a layer without its map or of the wrong length is damage, never a crash right here.
-fn make(path: &Path, size: u64) -> io::Result<()> {
-    if path.try_exists()? {
-        return Err(io::ErrorKind::AlreadyExists.into());
-    }
-    let create = |path: &Path| OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = File::open(folder)?;
-    let map = create(&map_path(path))?;
-    Backing::write_at(&map, &map::header(size), 0)?;
-    map.set_len(map::length(size))?;
-    reserve(&map, 0, map::length(size))?;
-    map.sync_all()?;
-    let part = suffixed(path, ".part");
-    let data = create(&part)?;
-    data.set_len(log::end(size))?;
-    reserve(&data, log::start(size), log::end(size) - log::start(size))?;
-    data.sync_all()?;
-    folder.sync_all()?;
-    std::fs::rename(&part, path)?;
-    folder.sync_all()
-}
-
-/// Takes the space that flushes need. A write that finds the host's disk full is repeated when there is space again; of a
-/// flush that failed QEMU believes that the disk is lost, and never asks again.
-fn reserve(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    use rustix::io::Errno;
-    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), offset, length) {
-        // Not every file system can.
-        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()),
-        done => Ok(done?),
-    }
-}
-
-/// Makes room for a log, and for more blocks. Every record is in the map by now. The header comes last, so that at any
-/// instant both files are at least as long as it says.
-fn grow(data: &dyn Backing, map: &dyn Backing, found: &Map, size: u64) -> io::Result<()> {
-    data.set_length(data.length()?.max(log::end(size)))?;
-    // Where the old log was there are blocks of the disk now, and the last one's end has to be zeros.
-    for start in [found.size, size].map(log::start) {
-        let mut bytes = vec![0; SLOTS as usize * SLOT];
-        read_full(data, &mut bytes, start)?;
-        if bytes.iter().any(|byte| *byte != 0) {
-            data.write_at(&vec![0; bytes.len()], start)?;
-        }
-    }
-    data.sync()?;
-    map.set_length(map.length()?.max(map::length(size)))?;
-    map.sync()?;
-    map.write_at(&map::header(size), 0)?;
-    map.sync()
-}
-
 impl Layer {
     /// Creates an empty layer for a disk of `size` bytes; there must be no data file. Durable when it returns.
     pub fn create(path: &Path, size: u64) -> Result<(), LayerError> {
@@ -170,7 +118,7 @@ impl Layer {
 
     /// Removes a layer that nobody has open; none is fine too.
     pub fn remove(path: &Path) -> Result<(), LayerError> {
-        for file in [path.to_owned(), map_path(path)] {
+        for file in [path.to_owned(), map_path(path), held::path(path)] {
             match std::fs::remove_file(&file) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(LayerError::Io { attempt: "remove", path: file, source: error });
@@ -183,11 +131,16 @@ impl Layer {
 
     /// Opens the layer of a disk of `size` bytes. A layer made when the disk was smaller is fine.
     pub fn open(path: &Path, size: u64, writable: bool) -> Result<Self, LayerError> {
-        let open = |path: &Path| OpenOptions::new().read(true).write(writable).open(path);
         let error = |source| LayerError::Io { attempt: "open", path: path.to_owned(), source };
+        let held = held::find(path).map_err(error)?;
+        // What was noted is made durable, also in a layer that takes no writes any more.
+        let settles = writable || held.is_some();
+        let open = |path: &Path| OpenOptions::new().read(true).write(settles).open(path);
         let data = open(path).map_err(error)?;
         let map = open(&map_path(path)).map_err(error)?;
-        Self::over(path, Box::new(data), Box::new(map), size, writable)
+        let boot = held.as_ref().map_or(Ok([0; 36]), |_| held::boot()).map_err(error)?;
+        let held = held.map(|held| (Box::new(held) as Box<dyn Backing>, boot));
+        Self::over(path, Files { data: Box::new(data), map: Box::new(map), held }, size, writable)
     }
 
     /// Opens a layer that is only read, for the disk that it was made for.
@@ -197,14 +150,9 @@ impl Layer {
         Self::open(path, size, false)
     }
 
-    /// Opens the layer whose files are `data` and `map`.
-    pub(crate) fn over(
-        path: &Path,
-        data: Box<dyn Backing>,
-        map: Box<dyn Backing>,
-        size: u64,
-        writable: bool,
-    ) -> Result<Self, LayerError> {
+    /// Opens the layer that these files are.
+    pub(crate) fn over(path: &Path, files: Files, size: u64, writable: bool) -> Result<Self, LayerError> {
+        let Files { data, map, held } = files;
         let error = |source| LayerError::Io { attempt: "open", path: path.to_owned(), source };
         let wrong = |why: String| LayerError::Content { path: path.to_owned(), why };
         let mut found = map::read(map.as_ref(), size).map_err(error)?.map_err(wrong)?;
@@ -219,7 +167,12 @@ impl Layer {
             true => replay(data.as_ref(), found.size, &mut bits).map_err(error)?,
             false => Replay::default(),
         };
-        if writable {
+        let noted = held.map(|(file, boot)| held::read(file.as_ref(), found.size, &boot)).transpose().map_err(error)?;
+        let noted = noted.flatten();
+        let blocks = found.size.div_ceil(BLOCK);
+        let held = noted.iter().flat_map(|noted| map::runs(noted).flatten()).take_while(|block| *block < blocks);
+        let more = held.filter(|block| bits.set(*block)).count();
+        if writable || more > 0 {
             settle(data.as_ref(), map.as_ref(), &replayed, &mut bits).map_err(error)?;
         }
         bits.bytes.resize(map::bits_length(size), 0);
@@ -229,7 +182,34 @@ impl Layer {
         let made_for = if writable { size } else { found.size };
         let flushing = Mutex::new(Flushing { lost: false, number: replayed.next, room: SLOTS });
         let (path, fixed, bits) = (path.to_owned(), RwLock::default(), Mutex::new(bits));
-        Ok(Self { path, data, map, size, made_for, fixed, bits, flushing })
+        Ok(Self { path, data, map, size, made_for, fixed, bits, flushing, held: None, was_noted: noted.is_some() })
+    }
+
+    /// Notes from here on what it holds, for whoever takes over from this process. All of it is in the map now.
+    pub(crate) fn note_held(mut self) -> Result<Self, LayerError> {
+        let held = Held::begin_for(&self.path, self.made_for);
+        let error = |source| LayerError::Io { attempt: "note what is in", path: self.path.clone(), source };
+        self.held = Some(held.map_err(error)?);
+        Ok(self)
+    }
+
+    /// The same in this file.
+    #[cfg(test)]
+    pub(crate) fn note_held_in(mut self, file: Box<dyn Backing>, boot: &Boot) -> io::Result<Self> {
+        self.held = Some(Held::begin(file, self.made_for, boot)?);
+        Ok(self)
+    }
+
+    /// Whether it was noted, since the host was booted, what the layer held when it was opened.
+    pub(crate) fn was_noted(&self) -> bool {
+        self.was_noted
+    }
+
+    /// It takes no writes any more, and everything was flushed.
+    pub(crate) fn forget_held(&self) {
+        if self.held.is_some() {
+            held::forget(&self.path);
+        }
     }
 
     /// The blocks that the layer holds, ascending.
@@ -265,16 +245,14 @@ impl Layer {
         let blocks = offset / BLOCK..(offset + data.len() as u64).div_ceil(BLOCK);
         let _changing = self.free(&blocks)?;
         self.data.write_at(data, offset)?;
-        self.note(blocks);
-        Ok(())
+        self.note(blocks)
     }
 
     /// Makes whole blocks zeros that take no space.
     pub fn discard(&self, first: u64, blocks: u64) -> io::Result<()> {
         let _changing = self.free(&(first..first + blocks))?;
         self.data.punch(first * BLOCK, blocks * BLOCK)?;
-        self.note(first..first + blocks);
-        Ok(())
+        self.note(first..first + blocks)
     }
 
     /// Waits until `blocks` may change, which they may for as long as the guard lives.
@@ -303,14 +281,22 @@ impl Layer {
         self.fixed.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, blocks: Range<u64>) {
+    /// The blocks are written, and nobody was told yet.
+    fn note(&self, blocks: Range<u64>) -> io::Result<()> {
         let mut bits = lock(&self.bits);
         bits.dirty = true;
+        if let Some(held) = &self.held
+            && let Some((first, bytes)) = bits.with(&blocks)
+            && keeps(Rule::HeldIsNoted)
+        {
+            held.put(first, &bytes)?;
+        }
         for block in blocks {
             if bits.set(block) {
                 bits.new.add(block);
             }
         }
+        Ok(())
     }
 
     /// Makes everything written so far durable.
@@ -363,14 +349,14 @@ impl Layer {
     /// Syncs the data, with a record of the blocks that are new where one is needed. It is the newest then.
     fn log(&self, flushing: &mut Flushing, new: &Blocks, needed: bool) -> io::Result<()> {
         if !needed {
-            return self.data.sync().inspect_err(|_| flushing.lost = true);
+            return self.data.sync().inspect_err(|_| self.lose(flushing));
         }
         let content = content(self.data.as_ref(), new)?;
         let record = Record { number: flushing.number, blocks: new.clone(), content };
         let place = log::place(self.size, record.number);
         self.data.write_at(&record.encode(), place)?;
         self.data.sync().inspect_err(|_| {
-            flushing.lost = true;
+            self.lose(flushing);
             // From now on the kernel may show what the disk does not have, and who opens the layer next would believe it.
             let _ = self.data.write_at(&[0; SLOT], place);
         })?;
@@ -383,7 +369,7 @@ impl Layer {
 
     /// Syncs the data, then the map.
     fn fold(&self, flushing: &mut Flushing, pages: Vec<(usize, Vec<u8>)>) -> io::Result<()> {
-        let synced = self.data.sync().inspect_err(|_| flushing.lost = true);
+        let synced = self.data.sync().inspect_err(|_| self.lose(flushing));
         let result =
             synced.and_then(|()| if pages.is_empty() { Ok(()) } else { map::write(self.map.as_ref(), &pages) });
         match result {
@@ -391,6 +377,14 @@ impl Layer {
             Err(_) => pages.iter().for_each(|(page, _)| lock(&self.bits).changed_pages[*page] = true),
         }
         result
+    }
+
+    /// Nobody knows what was lost, so nobody may go on as if it were there.
+    fn lose(&self, flushing: &mut Flushing) {
+        flushing.lost = true;
+        if let Some(held) = &self.held {
+            held.void();
+        }
     }
 
     /// Where it is.

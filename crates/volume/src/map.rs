@@ -144,6 +144,20 @@ impl Bits {
         true
     }
 
+    /// The bytes that have the bits of `blocks`, with all of these set, and the place of the first; none if they are set.
+    pub fn with(&self, blocks: &Range<u64>) -> Option<(usize, Vec<u8>)> {
+        let first = (blocks.start / 8) as usize;
+        let end = (blocks.end.div_ceil(8) as usize).min(self.bytes.len());
+        let before = self.bytes.get(first..end)?;
+        let mut bytes = before.to_vec();
+        for block in blocks.clone() {
+            if let Some(byte) = bytes.get_mut((block / 8) as usize - first) {
+                *byte |= 1 << (block % 8);
+            }
+        }
+        (bytes != before).then_some((first, bytes))
+    }
+
     /// Copies of the changed pages, which count as unchanged from now on.
     pub fn take_changed(&mut self) -> Vec<(usize, Vec<u8>)> {
         let pages: Vec<usize> = (0..self.changed_pages.len()).filter(|page| self.changed_pages[*page]).collect();

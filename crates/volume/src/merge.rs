@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use collective_store::BLOCK;
 
-use crate::layer::{Layer, LayerError, map_path};
+use crate::layer::{Layer, LayerError};
+use crate::make::map_path;
 use crate::map;
 
 /// Bytes that are copied at once.

@@ -2,7 +2,7 @@
 //!
 //! The layer's files are simulated. What was written since a file's last sync made it to the disk or not, each sector
 //! for itself, in any version that it had since; nothing else orders the two files but their syncs. Sometimes only the
-//! process dies: then all is there at first, and may still be lost later.
+//! process dies: then all is there that anybody was told of, and may still be lost later.
 
 mod sim;
 mod threads;
@@ -20,6 +20,8 @@ use collective_store::{PackInfo, Source, SourceError};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
+use crate::backing::Backing;
+use crate::layer::Files;
 use crate::log;
 use crate::rules::{BROKEN, Rule};
 use crate::{Disk, Layer};
@@ -32,7 +34,11 @@ const SIZES: [u64; 2] = [32770 * 4096 + 1536, 32776 * 4096];
 
 /// What each sector may be after a power cut: what the last flush promised, and all that was written since.
 #[derive(Default)]
-struct Model(HashMap<u64, Vec<Sector>>);
+struct Model(HashMap<u64, Vec<Sector>>, Told);
+
+/// What each sector may be after the death of the process: what was told last, and all that was begun since.
+#[derive(Default)]
+struct Told(HashMap<u64, Vec<Sector>>);
 
 impl Model {
     fn write(&mut self, offset: u64, length: u64, new: Option<&[u8]>) {
@@ -40,7 +46,18 @@ impl Model {
             let versions = self.0.entry(sector).or_insert_with(|| vec![[0; SECTOR as usize]]);
             let mut bytes = versions[versions.len() - 1];
             patch(sector, &mut bytes, offset, length, new);
+            let told = self.1.0.entry(sector).or_insert_with(|| versions[versions.len() - 1..].to_vec());
+            told.push(bytes);
             versions.push(bytes);
+        }
+    }
+
+    /// Whoever wrote there was told that it is done.
+    fn done(&mut self, offset: u64, length: u64) {
+        for sector in offset / SECTOR..(offset + length).div_ceil(SECTOR) {
+            if let Some(told) = self.1.0.get_mut(&sector) {
+                told.drain(..told.len() - 1);
+            }
         }
     }
 
@@ -66,8 +83,11 @@ impl Model {
                     let zeros = if found == [0; 512] { "zeros" } else { "something else" };
                     return Err(format!("sector {sector} is {zeros}, not one of {} versions", versions.len()));
                 }
+                let told = self.1.0.remove(&sector).unwrap_or_default();
                 if to_stay {
                     versions.clear();
+                } else if !told.is_empty() && !told.contains(&found) {
+                    return Err(format!("sector {sector} is not what was told before the process died"));
                 }
                 versions.push(found);
             }
@@ -124,7 +144,8 @@ impl Rig {
         let store = store.clone();
         let plug = Arc::new(Plug(Mutex::new(u64::MAX)));
         let (data, map) = (SimFile::new(&plug, true, fresh_data(2)), SimFile::new(&plug, true, fresh_map(2)));
-        let open = || Layer::over(Path::new("base"), Box::new(data.clone()), Box::new(map.clone()), SIZES[0], true);
+        let files = || Files { data: Box::new(data.clone()), map: Box::new(map.clone()), held: None };
+        let open = || Layer::over(Path::new("base"), files(), SIZES[0], true);
         let layer = open().unwrap();
         let mut model = Model::default();
         for block in HOT.into_iter().flatten().filter(|block| block % 2 == 0 && (block + 1) * 4096 <= SIZES[0]) {
@@ -147,13 +168,21 @@ impl Rig {
     }
 
     /// Opens the chain over the given top; the power holds for `steps`.
-    fn open(&self, data: &Arc<SimFile>, map: &Arc<SimFile>, size: u64, steps: u64) -> Option<Arc<Disk>> {
+    fn open(&self, top: &mut Top, size: u64, steps: u64) -> Option<Arc<Disk>> {
         let powered = Arc::new(Plug(Mutex::new(u64::MAX)));
         let base = Box::new(SimFile::new(&powered, true, self.base.clone()));
         let base_map = Box::new(SimFile::new(&powered, true, self.base_map.clone()));
-        let base = Layer::over(Path::new("base"), base, base_map, size, false).unwrap();
+        let base =
+            Layer::over(Path::new("base"), Files { data: base, map: base_map, held: None }, size, false).unwrap();
         *self.plug.0.lock().unwrap() = steps;
-        match Layer::over(Path::new("top"), Box::new(data.clone()), Box::new(map.clone()), size, true) {
+        let opened = Layer::over(Path::new("top"), top.files(), size, true).map_err(|error| error.to_string());
+        // It appears at one instant, as a whole.
+        let held = SimFile::new(&self.plug, true, Content::default());
+        let begun = opened.and_then(|top_layer| {
+            top_layer.note_held_in(Box::new(held.clone()), &top.boot()).map_err(|error| error.to_string())
+        });
+        top.held = if begun.is_ok() { held } else { top.held.clone() };
+        match begun {
             Ok(top) => Some(Arc::new(Disk::over(size, None, self.store.clone(), vec![base, top]))),
             Err(error) => {
                 assert!(self.plug.gone(), "a power cut left a layer that cannot be opened: {error}");
@@ -162,8 +191,10 @@ impl Rig {
         }
     }
 
-    fn files(&self, data: Content, map: Content) -> (Arc<SimFile>, Arc<SimFile>) {
-        (SimFile::new(&self.plug, self.honest, data), SimFile::new(&self.plug, true, map))
+    /// The files of the top layer, found at this boot.
+    fn top(&self, data: Content, map: Content, held: Content, boots: u8) -> Top {
+        let (data, map) = (SimFile::new(&self.plug, self.honest, data), SimFile::new(&self.plug, true, map));
+        Top { data, map, held: SimFile::new(&self.plug, true, held), boots }
     }
 
     /// Somebody writes whole blocks at the worst moment of each flush: when the data is synced, before the map is.
@@ -181,7 +212,9 @@ impl Rig {
                 return;
             }
             model.lock().unwrap().write(block * 4096, 4096, Some(&bytes));
-            let _ = disk.try_write(block * 4096, &bytes);
+            if disk.try_write(block * 4096, &bytes).is_ok() {
+                model.lock().unwrap().done(block * 4096, 4096);
+            }
         }));
     }
 
@@ -190,7 +223,9 @@ impl Rig {
         let waiting = std::mem::take(&mut *self.waiting.lock().unwrap());
         for (block, bytes) in waiting {
             self.model.lock().unwrap().write(block * 4096, 4096, Some(&bytes));
-            let _ = disk.try_write(block * 4096, &bytes);
+            if disk.try_write(block * 4096, &bytes).is_ok() {
+                self.model.lock().unwrap().done(block * 4096, 4096);
+            }
         }
     }
 
@@ -207,11 +242,11 @@ impl Rig {
                 0..6 => {
                     let bytes = dice.bytes(length as usize);
                     self.model.lock().unwrap().write(offset, length, Some(&bytes));
-                    ready(disk.write(offset, &bytes))
+                    ready(disk.write(offset, &bytes)).map(|()| self.model.lock().unwrap().done(offset, length))
                 }
                 6 | 7 => {
                     self.model.lock().unwrap().write(offset, length, None);
-                    ready(disk.zero(offset, length))
+                    ready(disk.zero(offset, length)).map(|()| self.model.lock().unwrap().done(offset, length))
                 }
                 _ => {
                     *self.changing.lock().unwrap() = 0..0;
@@ -225,6 +260,25 @@ impl Rig {
             }
             self.write_waiting(disk);
         }
+    }
+}
+
+/// The files of a layer that takes writes, and how often the host was booted.
+struct Top {
+    data: Arc<SimFile>,
+    map: Arc<SimFile>,
+    held: Arc<SimFile>,
+    boots: u8,
+}
+
+impl Top {
+    fn boot(&self) -> [u8; 36] {
+        [self.boots; 36]
+    }
+
+    fn files(&self) -> Files {
+        let held = Some((Box::new(self.held.clone()) as Box<dyn Backing>, self.boot()));
+        Files { data: Box::new(self.data.clone()), map: Box::new(self.map.clone()), held }
     }
 }
 
@@ -251,22 +305,24 @@ fn life(store: &Arc<FrameStore>, seed: u64, honest: bool) -> Result<(), String> 
     let mut dice = Dice(seed);
     let rig = Rig::new(store, &mut dice, honest);
     let version = 1 + dice.roll(2) as u8;
-    let (mut data, mut map) = rig.files(fresh_data(version), fresh_map(version));
+    let mut top = rig.top(fresh_data(version), fresh_map(version), Content::default(), 0);
     for cycle in 0..8 {
         let size = SIZES[usize::from(cycle >= 3)];
         let steps = dice.roll(120);
-        if let Some(disk) = rig.open(&data, &map, size, steps) {
-            rig.write_during_flushes(&disk, &data, seed ^ cycle);
+        if let Some(disk) = rig.open(&mut top, size, steps) {
+            rig.write_during_flushes(&disk, &top.data, seed ^ cycle);
             rig.work(&disk, &mut dice);
         }
         rig.waiting.lock().unwrap().clear();
         let cuts = dice.roll(3);
         for _ in 0..cuts {
-            (data, map) = rig.files(data.crash(&mut dice), map.crash(&mut dice));
+            let left = [&top.data, &top.map, &top.held].map(|file| file.crash(&mut dice));
+            let [data, map, held] = left;
+            top = rig.top(data, map, held, top.boots + 1);
             // It may go again while the layer is opened.
-            rig.open(&data, &map, size, dice.roll(9));
+            rig.open(&mut top, size, dice.roll(9));
         }
-        let disk = rig.open(&data, &map, size, u64::MAX).unwrap();
+        let disk = rig.open(&mut top, size, u64::MAX).unwrap();
         let checked = rig.model.lock().unwrap().check(&disk, cuts > 0);
         checked.map_err(|why| format!("seed {seed}, cycle {cycle}: {why}"))?;
     }
@@ -291,7 +347,8 @@ fn the_check_notices_data_that_was_not_synced_before_the_map() {
 fn the_check_notices_each_broken_rule() {
     use Rule::*;
     let store = no_store();
-    for rule in [FixedBlocksStay, DoubtIsResolved, DroppedIsErased, DataBeforeMap, FullLogIsFolded] {
+    let rules = [FixedBlocksStay, DoubtIsResolved, DroppedIsErased, DataBeforeMap, FullLogIsFolded];
+    for rule in rules.into_iter().chain([HeldIsNoted, NotesAreOfThisBoot]) {
         BROKEN.set(Some(rule));
         let found = (0..500).find(|seed| life(&store, *seed, true).is_err());
         BROKEN.set(None);
@@ -303,7 +360,8 @@ fn the_check_notices_each_broken_rule() {
 fn after_a_failed_sync_no_flush_succeeds() {
     let plug = Arc::new(Plug(Mutex::new(u64::MAX)));
     let (data, map) = (SimFile::new(&plug, true, fresh_data(2)), SimFile::new(&plug, true, fresh_map(2)));
-    let open = || Layer::over(Path::new("top"), Box::new(data.clone()), Box::new(map.clone()), SIZES[0], true).unwrap();
+    let files = || Files { data: Box::new(data.clone()), map: Box::new(map.clone()), held: None };
+    let open = || Layer::over(Path::new("top"), files(), SIZES[0], true).unwrap();
     let layer = open();
     layer.write(0, &[1; 4096]).unwrap();
     layer.flush().unwrap();

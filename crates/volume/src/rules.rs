@@ -1,4 +1,4 @@
-//! What keeps the promise of a flush. Tests break these rules one by one, to see that the loss is noticed.
+//! What keeps the promise of a flush, and of whoever takes over. Tests break these rules one by one, to see that the loss is noticed.
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rule {
@@ -7,6 +7,8 @@ pub(crate) enum Rule {
     DroppedIsErased,
     DataBeforeMap,
     FullLogIsFolded,
+    HeldIsNoted,
+    NotesAreOfThisBoot,
 }
 
 #[cfg(not(test))]

@@ -7,7 +7,8 @@
 //! a duplicate of the socket and with its own copy of address and data (`requests`).
 //! A caught call takes some 30 µs in place of 3 (a 1500 byte `sendmsg` on a busy machine of two cores). `send` without an
 //! address is not caught, so a network plug that must be fast is a connected socket that QEMU uses by `send`.
-//! Where this process dies, the kernel answers ENOSYS to all such calls: nothing opens.
+//! Where this process dies and nobody else has the listener, the kernel answers ENOSYS to all such calls: nothing opens.
+//! While somebody has it ([`GuardLine`]), they wait for whoever takes over.
 //! Way of working: seccomp_unotify(2).
 
 mod filter;
@@ -16,14 +17,17 @@ mod kernel;
 mod policy;
 mod requests;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
@@ -32,6 +36,12 @@ use requests::{Supervisor, Work};
 
 /// Calls on blocking sockets wait in threads of their own; more than this many at once are told to try again.
 const WAITING_LIMIT: usize = 16;
+
+/// Calls are numbered one after the other. Those that a guard left unanswered when it died are looked for so far before the last
+/// one that it noted: others may have come while one was slow,
+const LEFT_BEHIND: u64 = 16_384;
+/// and so far after it: it may have died before it noted one, and callers before that one may have given up.
+const LEFT_AHEAD: u64 = 1024;
 
 /// Why a machine could not be kept away from the host's addresses.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +61,23 @@ pub(crate) struct ChildEnd {
 
 /// The parent's end: tells whether the guard stands.
 pub(crate) struct Guard {
-    outcome: mpsc::Receiver<Result<(), GuardError>>,
+    outcome: mpsc::Receiver<Result<GuardLine, GuardError>>,
+}
+
+/// What another process needs to go on as the guard of a machine when this one has died.
+#[derive(Debug)]
+pub struct GuardLine {
+    /// Where the calls come.
+    pub listener: OwnedFd,
+    /// A file in memory with the number of the call that was received last.
+    pub received: OwnedFd,
+}
+
+impl GuardLine {
+    /// Another handle of the same.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { listener: self.listener.try_clone()?, received: self.received.try_clone()? })
+    }
 }
 
 /// Starts the thread that waits for the child's listener and then serves it until the child is gone. Without `huge_pages`
@@ -59,17 +85,40 @@ pub(crate) struct Guard {
 pub(crate) fn prepare(policy: GuardPolicy, huge_pages: bool) -> Result<(ChildEnd, Guard), GuardError> {
     let fail = |doing| move |source| GuardError { doing, source };
     let (ours, line) = UnixStream::pair().map_err(fail("making a socket pair"))?;
+    let received = memfd_create("received", MemfdFlags::CLOEXEC);
+    let received = received.map_err(|errno| fail("making a file in memory")(errno.into()))?;
     let (sender, outcome) = mpsc::channel();
     let serve = move || match accept_listener(&ours) {
         Err(error) => drop(sender.send(Err(error))),
         Ok((listener, child, process)) => {
-            drop(sender.send(Ok(())));
             drop(ours);
-            serve(listener, Supervisor::new(policy, child, process));
+            let line = GuardLine { listener, received };
+            let other = line.try_clone().map_err(fail("making another handle of the filter's listener"));
+            drop(sender.send(other));
+            serve(line, Supervisor::new(policy, child, process));
         }
     };
     std::thread::Builder::new().name("vm-guard".into()).spawn(serve).map_err(fail("starting a thread"))?;
     Ok((ChildEnd { line, program: filter::program(huge_pages) }, Guard { outcome }))
+}
+
+/// Goes on as the guard of process `child` in place of one that died. Whoever waits for an answer of that one is told to try
+/// again: nobody knows whether its call was made.
+pub(crate) fn adopt(line: GuardLine, policy: GuardPolicy, child: Pid, process: OwnedFd) -> Result<(), GuardError> {
+    let fail = |doing| move |source| GuardError { doing, source };
+    let received = File::from(line.received.try_clone().map_err(fail("taking over"))?);
+    let mut last = [0; 8];
+    if received.read_exact_at(&mut last, 0).is_ok() {
+        let last = u64::from_ne_bytes(last);
+        for id in last.saturating_sub(LEFT_BEHIND)..last.saturating_add(LEFT_AHEAD) {
+            if kernel::is_waiting(line.listener.as_fd(), id) {
+                kernel::respond_logged(&line.listener, id, Err(Errno::AGAIN));
+            }
+        }
+    }
+    let serve = move || serve(line, Supervisor::new(policy, child, process));
+    std::thread::Builder::new().name("vm-guard".into()).spawn(serve).map_err(fail("starting a thread"))?;
+    Ok(())
 }
 
 impl ChildEnd {
@@ -93,7 +142,7 @@ impl ChildEnd {
 impl Guard {
     /// To be asked when the child's start is decided and the child's end closed here. `None`: the child did not
     /// come as far as the guard.
-    pub(crate) fn outcome(self) -> Option<Result<(), GuardError>> {
+    pub(crate) fn outcome(self) -> Option<Result<GuardLine, GuardError>> {
         self.outcome.recv().ok()
     }
 }
@@ -115,8 +164,8 @@ fn accept_listener(line: &UnixStream) -> Result<(OwnedFd, Pid, OwnedFd), GuardEr
     Ok((listener, child, process))
 }
 
-fn serve(listener: OwnedFd, mut supervisor: Supervisor) {
-    let listener = Arc::new(listener);
+fn serve(GuardLine { listener, received }: GuardLine, mut supervisor: Supervisor) {
+    let (listener, received) = (Arc::new(listener), File::from(received));
     let waiting = Arc::new(AtomicUsize::new(0));
     loop {
         let mut polled = [PollFd::new(&*listener, PollFlags::IN)];
@@ -134,6 +183,9 @@ fn serve(listener: OwnedFd, mut supervisor: Supervisor) {
         }
         // The caller may have been killed between the poll and here.
         let Ok(notification) = kernel::receive(listener.as_fd()) else { continue };
+        if let Err(error) = received.write_all_at(&notification.id.to_ne_bytes(), 0) {
+            tracing::error!(%error, "whoever takes over will not know of a call that waits");
+        }
         let result = match supervisor.consider(&notification, || kernel::is_waiting(listener.as_fd(), notification.id))
         {
             Work::Done(result) => Some(result),

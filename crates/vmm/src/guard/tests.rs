@@ -234,3 +234,28 @@ async fn unix_sockets_only_by_name() {
     let (length, _) = rustix::net::recv(&datagram, &mut buffer[..], RecvFlags::DONTWAIT).unwrap();
     assert_eq!(&buffer[..length], b"unix");
 }
+
+#[test]
+fn what_a_dead_guard_left_is_tried_again() {
+    use std::os::fd::FromRawFd;
+    let (sender, receiver) = mpsc::channel();
+    let caller = std::thread::spawn(move || {
+        rustix::thread::set_no_new_privs(true).unwrap();
+        sender.send(kernel::install(&filter::program(true)).unwrap()).unwrap();
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let send = || socket.send_to(b"x", "127.0.0.1:9").map_err(|error| error.raw_os_error().unwrap());
+        (send(), send())
+    });
+    // SAFETY: the filter's listener was just made, and nobody else has it.
+    let listener = unsafe { OwnedFd::from_raw_fd(receiver.recv().unwrap()) };
+    poll(&mut [PollFd::new(&listener, PollFlags::IN)], None).unwrap();
+    // Received, and neither noted nor answered.
+    let left = kernel::receive(listener.as_fd()).unwrap();
+    let received = memfd_create("received", MemfdFlags::CLOEXEC).unwrap();
+    rustix::io::pwrite(&received, &(left.id - 3).to_ne_bytes(), 0).unwrap();
+    let process = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+    adopt(GuardLine { listener, received }, GuardPolicy::default(), getpid(), process).unwrap();
+    let (first, second) = caller.join().unwrap();
+    assert_eq!(first, Err(Errno::AGAIN.raw_os_error()));
+    assert_eq!(second, Err(Denial::Loopback.errno(Transport::Datagram).raw_os_error()), "the new guard decides");
+}

@@ -1,6 +1,7 @@
-//! Has another process ask the kernel to note which pages of a range are written, or tell it how they are read.
+//! Has another process ask the kernel to note which pages of a range are written, tell it how they are read, or that it may
+//! outlive us.
 //!
-//! The kernel does this for a process's own memory only (userfaultfd(2), UFFD_FEATURE_WP_ASYNC, Linux 6.7; madvise(2)), and
+//! The kernel does this for a process's own memory only (userfaultfd(2), UFFD_FEATURE_WP_ASYNC, Linux 6.7; madvise(2); prctl(2)), and
 //! QEMU does not know of it. So its main thread is stopped for a moment, as a debugger does for a call (ptrace(2)), makes
 //! some system calls, and goes on where it was. No fault is ever handled by anybody: the kernel notes the write and lets it
 //! through.
@@ -41,7 +42,8 @@ pub(super) fn track(pid: u32, start: u64, length: u64) -> io::Result<()> {
         kernel::write(pid, room, &bytes)?;
         if let Err(error) = stopped.call(instruction, libc::SYS_ioctl, [descriptor, request, room]) {
             let _ = stopped.call(instruction, libc::SYS_close, [descriptor, 0, 0]);
-            return Err(error);
+            // One that died before us has it tracked, and only such as we do that.
+            return if error.raw_os_error() == Some(libc::EBUSY) { Ok(()) } else { Err(error) };
         }
     }
     Ok(())
@@ -53,6 +55,16 @@ pub(super) fn advise(pid: u32, start: u64, length: u64, advice: i32) -> io::Resu
     let instruction = find_syscall(pid)?;
     let mut stopped = Stopped::attach(pid as i32)?;
     stopped.call(instruction, libc::SYS_madvise, [start, length, advice as u64]).map(|_| ())
+}
+
+/// Has process `pid`, a child of ours, live on when we die, and others of our user look into it as we may. Nobody else may wait
+/// for the child's stops meanwhile.
+pub(super) fn untie(pid: u32) -> io::Result<()> {
+    let instruction = find_syscall(pid)?;
+    let mut stopped = Stopped::attach(pid as i32)?;
+    // Only a kernel with Yama knows it, and only that one needs it.
+    let _ = stopped.call(instruction, libc::SYS_prctl, [libc::PR_SET_PTRACER as u64, libc::PR_SET_PTRACER_ANY, 0]);
+    stopped.call(instruction, libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as u64, 0, 0]).map(|_| ())
 }
 
 /// A system call instruction that every process has: in the kernel's own page of code.

@@ -97,6 +97,11 @@ pub(crate) fn page_by_page(process: u32, start: u64, length: u64, singly: bool) 
     inject::advise(process, start, length, if singly { libc::MADV_RANDOM } else { libc::MADV_NORMAL })
 }
 
+/// QEMU, our child, does not die with us any more.
+pub(crate) fn untie(process: u32) -> io::Result<()> {
+    inject::untie(process)
+}
+
 /// Copies from QEMU's own memory.
 pub(crate) fn read_at(process: u32, address: u64, length: usize) -> io::Result<Vec<u8>> {
     let mut content = vec![0; length];

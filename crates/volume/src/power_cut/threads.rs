@@ -8,6 +8,7 @@ use std::thread;
 use super::sim::{Dice, Plug, SECTOR, SimFile};
 use super::{SIZES, fresh_data, fresh_map};
 use crate::Layer;
+use crate::layer::Files;
 
 /// Each has a block of its own in between the others'.
 const WRITERS: u64 = 4;
@@ -20,7 +21,8 @@ fn life(seed: u64) {
     let plug = Arc::new(Plug(Mutex::new(20 + dice.roll(400))));
     let (data, map) = (SimFile::new(&plug, true, fresh_data(2)), SimFile::new(&plug, true, fresh_map(2)));
     let open = |data: &Arc<SimFile>, map: &Arc<SimFile>| {
-        Layer::over(Path::new("top"), Box::new(data.clone()), Box::new(map.clone()), SIZES[0], true).unwrap()
+        let files = Files { data: Box::new(data.clone()), map: Box::new(map.clone()), held: None };
+        Layer::over(Path::new("top"), files, SIZES[0], true).unwrap()
     };
     let layer = open(&data, &map);
     let counters = || (0..BLOCKS).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
