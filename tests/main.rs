@@ -21,6 +21,7 @@ mod mount;
 mod network;
 mod no_space;
 mod reach;
+mod returning;
 mod settings;
 mod soak;
 mod suspend;

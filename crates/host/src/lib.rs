@@ -13,6 +13,7 @@ mod daemon;
 mod files;
 mod instance;
 mod leaving;
+mod left;
 mod link;
 mod merging;
 mod observe;

@@ -129,7 +129,7 @@ impl Instance {
                 UEFI_VARS => self.uefi_vars_path(),
                 _ => continue,
             };
-            write_file(&path, &bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+            crate::files::write(&path, &bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
         }
         let manifest = self.manifest(&hello.version).await?;
         let record = &mut self.record;
@@ -158,6 +158,7 @@ impl Instance {
             state: state_path(&self.folder, memory),
             epoch: hello.epoch.clone(),
             tops: tops.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
+            kept: self.kept_for(&hello),
         });
         self.note_images();
         self.hand_out(&config, &manifest, None).await?;
@@ -219,10 +220,11 @@ impl Instance {
                     }
                 };
                 match Piece::word(&piece[4..]) {
-                    Some(Word::Kept { digest, memory_bytes, bytes, rounds }) => {
+                    Some(Word::Kept { digest, memory_bytes, bytes, rounds, kept }) => {
                         is_whole.store(true, Relaxed);
                         let machine = came.machine(digest, memory_bytes);
-                        self.make_ours(operation, &came, machine, json!({ "bytes": bytes, "rounds": rounds })).await?;
+                        let told = json!({ "bytes": bytes, "rounds": rounds, "kept_bytes": kept });
+                        self.make_ours(operation, &came, machine, told).await?;
                         let word = Piece::Word(Word::GoOn).encode();
                         let told = writer.lock().await.write_all(&word).await;
                         told.map_err(|e| format!("its runner is not told to go on: {e}"))?;
@@ -306,8 +308,10 @@ impl Instance {
         self.went_on();
         self.started = tokio::time::Instant::now();
         let result = json!({
-            "live": true, "pause_us": pause_us, "bytes": told["bytes"], "rounds": told["rounds"], "state": self.record.state,
+            "live": true, "pause_us": pause_us, "bytes": told["bytes"], "kept_bytes": told["kept_bytes"],
+            "rounds": told["rounds"], "state": self.record.state,
         });
+        self.forget_left();
         let ms = pause_us as f64 / 1000.0;
         self.event("arrived", format!("it came while it ran, and stood still for {ms:.1} ms"));
         self.conclude(operation.clone(), OperationState::Done { result });
@@ -331,6 +335,7 @@ impl Instance {
             }
         }
         self.observe().await;
+        self.forget_left();
         self.record.visiting = None;
         if self.record.suspended.is_some() {
             // The runner ended before it went on: what came is as it was.
@@ -388,13 +393,4 @@ async fn next_piece(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, St
     piece.resize(4 + length as usize, 0);
     reader.read_exact(&mut piece[4..]).await.map_err(ended)?;
     Ok(piece)
-}
-
-/// Private, and durable.
-fn write_file(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut file = std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
 }

@@ -8,6 +8,7 @@
 
 mod ahead;
 mod gate;
+mod kept;
 mod leave;
 mod line;
 mod machine;

@@ -184,8 +184,14 @@ impl Fleet {
 
     /// Starts a joined host again.
     pub fn run_host(&mut self, name: &str) {
+        self.run_host_with(name, &[]);
+    }
+
+    /// The same with these arguments besides.
+    pub fn run_host_with(&mut self, name: &str, arguments: &[&str]) {
         let data = self.file(name);
-        let child = self.daemon(name, &["host", "run", "--tcg", "--data", &data.to_string_lossy()]);
+        let data = data.to_string_lossy();
+        let child = self.daemon(name, &[&["host", "run", "--tcg", "--data", &data], arguments].concat());
         self.hosts.push((name.to_owned(), child));
     }
 
