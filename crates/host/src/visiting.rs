@@ -16,7 +16,7 @@ use std::time::Duration;
 use collective_api::{ClientError, PrivateGrant, Tunnel};
 use collective_model::run::Request;
 use collective_model::run_live::{MAX_PIECE, Piece, Receiving, Word};
-use collective_model::{CheckpointMachine, OperationId, OperationState, Spec, State, Timestamp};
+use collective_model::{ByteSize, CheckpointMachine, OperationId, OperationState, Spec, State, Timestamp};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -33,6 +33,8 @@ use crate::tunnel::Dial;
 
 /// How often it is looked whether a runner listens.
 const ASK_EVERY: Duration = Duration::from_millis(20);
+/// A runner that cannot be found so often in a row has ended; one that is only just being started has no arguments yet.
+const LOOKS: u32 = 10;
 /// A plane that is away is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// The plane says that it is not ours. Whatever else it says, it may be.
@@ -167,13 +169,14 @@ impl Instance {
 
     /// The connection with the runner, once it listens.
     async fn listen(&self) -> Result<(BufReader<OwnedReadHalf>, OwnedWriteHalf), String> {
+        let mut looks = 0;
         loop {
             match link::hand_over(&self.run_dir, &Request::Arrive).await {
                 Ok(line) => return Ok(line),
                 Err(link::LinkError::Refused(why)) => return Err(why),
                 Err(link::LinkError::Silent(error)) => {
-                    let mark = self.run_dir.to_string_lossy();
-                    if self.record.runner_pid.is_none_or(|pid| !link::is_alive(pid, &mark)) {
+                    looks = if self.has_runner() { 0 } else { looks + 1 };
+                    if looks > LOOKS {
                         let end = link::end(&self.run_dir).map(|end| end.message);
                         return Err(end.unwrap_or_else(|| format!("its runner ended: {error}")));
                     }
@@ -255,10 +258,13 @@ impl Instance {
         }
     }
 
+    fn has_runner(&self) -> bool {
+        self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &self.run_dir.to_string_lossy()))
+    }
+
     /// Why the runner ended, if it says so.
     async fn last_words(&self, otherwise: String) -> String {
-        let mark = self.run_dir.to_string_lossy();
-        while self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &mark)) {
+        while self.has_runner() {
             sleep(ASK_EVERY).await;
         }
         link::end(&self.run_dir).map_or(otherwise, |end| end.message)
@@ -313,7 +319,11 @@ impl Instance {
         });
         self.forget_left();
         let ms = pause_us as f64 / 1000.0;
-        self.event("arrived", format!("it came while it ran, and stood still for {ms:.1} ms"));
+        let kept = ByteSize(told["kept_bytes"].as_u64().unwrap_or_default());
+        self.event(
+            "arrived",
+            format!("it came while it ran, and stood still for {ms:.1} ms; {kept} were here already"),
+        );
         self.conclude(operation.clone(), OperationState::Done { result });
         self.observe().await;
         if let Err(why) = self.let_users_in().await {

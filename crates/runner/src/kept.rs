@@ -54,7 +54,7 @@ pub(crate) struct KeptFrames {
     disks: Vec<Disk>,
     frames: HashMap<Digest, Vec<ShortName>>,
     seal: Arc<Seal>,
-    /// Where which block is; made when the first frame is wanted.
+    /// Where which block is; made when the first frame is wanted, by all cores.
     places: OnceLock<HashMap<ShortName, (usize, u64)>>,
 }
 
@@ -112,9 +112,12 @@ impl Near for KeptFrames {
         self.frames.contains_key(digest)
     }
 
+    fn prepare(&self) {
+        self.places.get_or_init(|| self.find_places());
+    }
+
     fn content(&self, digest: &Digest) -> Option<Vec<u8>> {
-        let blocks = self.frames.get(digest)?;
-        let places = self.places.get_or_init(|| self.find_places());
+        let (blocks, places) = (self.frames.get(digest)?, self.places.get()?);
         let mut content = Vec::with_capacity(blocks.len() * BLOCK as usize);
         for name in blocks {
             let (number, block) = places.get(name)?;

@@ -90,6 +90,8 @@ pub(crate) async fn leave(vm: &Vm, shared: &Shared, saver: &mut Saver, what: &Wh
         {
             tracing::info!(why, "nothing is kept of the memory of a machine that left");
         }
+        // It may stay all the same; then nothing may be missing in what is saved next.
+        let _ = saver.lend(vm).await;
         return;
     };
     if vm.status().await.is_ok_and(|status| status != RunState::Running) {

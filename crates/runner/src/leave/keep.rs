@@ -19,6 +19,8 @@ use crate::save::{Saver, runs};
 const LIMIT: Duration = Duration::from_secs(5);
 /// Memory is copied in pieces of so many bytes.
 const STEP: u64 = 4 << 20;
+/// After so many bytes they are made durable, so that the end does not take long.
+const DURABLE: u64 = 64 << 20;
 
 /// Waits until it is known that the machine goes on elsewhere, and keeps its memory in the layer at `path`.
 pub(super) async fn keep(
@@ -46,7 +48,7 @@ pub(super) async fn keep(
 
 fn copy(memory: &mut GuestMemory, layer: &Layer) -> io::Result<u64> {
     let begun = Instant::now();
-    let mut written = 0;
+    let (mut written, mut durable) = (0, 0);
     let mut buffer = vec![0; STEP as usize];
     for range in memory.changed()? {
         for start in range.clone().step_by(STEP as usize) {
@@ -65,6 +67,10 @@ fn copy(memory: &mut GuestMemory, layer: &Layer) -> io::Result<u64> {
                     written += run.len() as u64;
                 }
                 at += run.len() as u64;
+            }
+            if written - durable >= DURABLE {
+                layer.flush()?;
+                durable = written;
             }
         }
     }

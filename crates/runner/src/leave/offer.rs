@@ -3,7 +3,10 @@
 //!
 //! An offer is as good as sending: what is written after it was read comes in a later round.
 
-use collective_model::kept::Offers;
+use std::time::Instant;
+
+use collective_model::kept::{OfferHash, Offers};
+use collective_model::live::{self, Sent};
 use collective_model::run_live::{Piece, STEP, Word};
 use collective_store::BLOCK;
 
@@ -12,11 +15,17 @@ use crate::save::runs;
 
 /// So many blocks are offered before an answer is waited for: 64 MiB, whose hashes are 256 KiB.
 const AT_ONCE: u64 = 16 << 10;
+/// Bytes of a hash.
+const HASH: u64 = size_of::<OfferHash>() as u64;
 
 impl Sender<'_> {
     /// Offers what of `parts` the other host may have; gives what has to be sent.
     pub(super) async fn offer(&mut self, parts: Vec<Part>, keeps: &[u16]) -> Result<Vec<Part>, Stays> {
         let (mut rest, mut offers) = (Vec::new(), Offers::default());
+        let offered = |part: &&Part| keeps.contains(&part.which);
+        let mut left: u64 = parts.iter().filter(offered).map(|part| part.range.end - part.range.start).sum();
+        let begun = Instant::now();
+        let mut sent = 0;
         for part in parts {
             if !keeps.contains(&part.which) {
                 rest.push(part);
@@ -26,7 +35,15 @@ impl Sender<'_> {
                 let range = start..part.range.end.min(start + STEP as u64);
                 self.offer_step(Part { range, ..part }, &mut offers, &mut rest).await?;
                 if offers.blocks() >= AT_ONCE {
+                    let bytes = offers.blocks() * HASH;
                     self.answered(std::mem::take(&mut offers), &mut rest).await?;
+                    sent += bytes;
+                    left = left.saturating_sub(AT_ONCE * BLOCK);
+                    let so_far = [Sent { bytes: sent, took_us: begun.elapsed().as_micros() as u64 }];
+                    if let (true, Some(rate)) = (live::is_known(&so_far), live::rate(&so_far)) {
+                        let why = live::is_worth_it(left / BLOCK * HASH, rate);
+                        why.map_err(|why| Stays::Told(Word::Better { why }))?;
+                    }
                 }
             }
         }

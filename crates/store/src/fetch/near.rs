@@ -12,7 +12,9 @@ use crate::cache::Cache;
 pub trait Near: Send + Sync {
     /// Whether it may have a frame; told at once.
     fn may_have(&self, digest: &Digest) -> bool;
-    /// The frame's content. Whoever asks compares it with the name.
+    /// Makes ready for questions, which may take a while. Never called by a thread that others of the pool wait for.
+    fn prepare(&self);
+    /// The frame's content, once it is ready. Whoever asks compares it with the name.
     fn content(&self, digest: &Digest) -> Option<Vec<u8>>;
 }
 
@@ -33,7 +35,10 @@ impl FrameStore {
         let wanted: Vec<Digest> = digests.iter().filter(is_wanted).copied().collect();
         let Some(near) = self.near.clone().filter(|_| !wanted.is_empty()) else { return Ok(()) };
         let cache = self.cache.clone();
-        let bring = move || wanted.par_iter().for_each(|digest| take(&cache, near.as_ref(), digest));
+        let bring = move || {
+            near.prepare();
+            wanted.par_iter().for_each(|digest| take(&cache, near.as_ref(), digest));
+        };
         tokio::task::spawn_blocking(bring).await.map_err(std::io::Error::other)
     }
 }
