@@ -311,6 +311,19 @@ impl Instance {
     }
 }
 
+/// The next piece that the runner sends, with its length.
+pub(crate) async fn next_piece(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, String> {
+    let ended = |e: std::io::Error| format!("its runner says nothing more: {e}");
+    let length = reader.read_u32_le().await.map_err(ended)?;
+    if length as usize > MAX_PIECE {
+        return Err("its runner sent a piece that is too long".into());
+    }
+    let mut piece = length.to_le_bytes().to_vec();
+    piece.resize(4 + length as usize, 0);
+    reader.read_exact(&mut piece[4..]).await.map_err(ended)?;
+    Ok(piece)
+}
+
 /// Whole pieces that the runner sent, as many as are there, and the words among them.
 async fn next_batch(reader: &mut BufReader<OwnedReadHalf>) -> Result<(Vec<u8>, Vec<Word>), String> {
     let broken = |e: std::io::Error| format!("its runner says nothing more: {e}");

@@ -15,16 +15,16 @@ use std::time::Duration;
 
 use collective_api::{ClientError, PrivateGrant, Tunnel};
 use collective_model::run::Request;
-use collective_model::run_live::{MAX_PIECE, Piece, Receiving, Word};
+use collective_model::run_live::{Piece, Receiving, Word};
 use collective_model::{ByteSize, CheckpointMachine, OperationId, OperationState, Spec, State, Timestamp};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Mutex;
 use tokio::time::sleep;
 
 use crate::instance::Instance;
-use crate::leaving::{Hello, words_in};
+use crate::leaving::{Hello, next_piece, words_in};
 use crate::link;
 use crate::record::{DiskRecord, MachineRecord, Record, SuspendedRecord, Visiting, layer_path, state_path};
 use crate::sealed::{Receiver, Sender, Side, seal_of};
@@ -390,17 +390,4 @@ impl Came {
             },
         }
     }
-}
-
-/// The next piece that the runner sends, with its length.
-async fn next_piece(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, String> {
-    let ended = |e: std::io::Error| format!("its runner says nothing more: {e}");
-    let length = reader.read_u32_le().await.map_err(ended)?;
-    if length as usize > MAX_PIECE {
-        return Err("its runner sent a piece that is too long".into());
-    }
-    let mut piece = length.to_le_bytes().to_vec();
-    piece.resize(4 + length as usize, 0);
-    reader.read_exact(&mut piece[4..]).await.map_err(ended)?;
-    Ok(piece)
 }
