@@ -110,7 +110,9 @@ fn one_owner(fleet: &Fleet) -> (String, Guest) {
     let (host, id) = (info["host"].as_str().unwrap().to_owned(), info["id"].as_str().unwrap().to_owned());
     let other = if host == "b" { "c" } else { "b" };
     let left = fleet.host_data(other).join("instances").join(&id);
-    eventually("the other host has nothing of it", LONG, || (!left.exists()).then_some(()));
+    eventually("it is no instance of the other host", LONG, || (!left.exists()).then_some(()));
+    let kept = fleet.host_data(other).join("left").join(&id).join("instance.json");
+    eventually("what the other host keeps is no instance", LONG, || (!kept.exists()).then_some(()));
     eventually("its machine is there", LONG, || {
         let machines = machines(&id);
         assert!(machines < 2, "one machine only");

@@ -120,7 +120,7 @@ impl Instance {
         let from = Receiver::new(BufReader::new(from), seal, id.clone(), Side::Target);
         let epoch = format!("{id}-live");
         let whole = self.say_hello(&config, platform, &epoch, &mut to).await?;
-        let keep = Some(layer_path(&self.folder, memory));
+        let keep = (self.context.config.cache_budget > 0).then(|| layer_path(&self.folder, memory));
         let request = Request::Leave { epoch, whole, only_measure, keep };
         let line = link::hand_over(&self.run_dir, &request).await.map_err(|e| e.to_string())?;
         Ok(self.pass_on(id, line, to, from, config.memory_mib << 20).await)
@@ -233,7 +233,7 @@ impl Instance {
             outcome = there => outcome,
             outcome = back => outcome,
         };
-        if matches!(outcome, Outcome::Gone { .. }) {
+        if matches!(outcome, Outcome::Gone { .. }) && self.context.config.cache_budget > 0 {
             let keep = async {
                 writer.write_all(&Piece::Word(Word::Keep).encode()).await.map_err(|e| e.to_string())?;
                 next_batch(&mut reader).await

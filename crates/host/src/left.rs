@@ -96,8 +96,9 @@ impl Instance {
     /// well. `memory`: the layer with the memory of a machine that left running, and its size.
     pub(crate) fn leave_behind(&self, memory: Option<(u64, u64)>) -> io::Result<()> {
         let record = &self.record;
-        if record.arriving.is_some() || record.visiting.is_some() || record.disks.is_empty() {
-            // It was never all here. What is kept of an earlier time is more.
+        let was_whole = record.arriving.is_none() && record.visiting.is_none() && !record.disks.is_empty();
+        if !was_whole || self.context.config.cache_budget == 0 {
+            // What is kept of an earlier time is more than what never was all here.
             return std::fs::remove_dir_all(&self.folder);
         }
         let is_there = |layer: &u64| layer_path(&self.folder, *layer).exists();
