@@ -4,7 +4,7 @@
 //! one write of the record: an order to leave is open
 //! the runner sends; this daemon seals what it sends, and passes it on through the plane
 //! all was sent: the guest stands still until it is known who has it
-//!     it goes on there         what is left here goes
+//!     it goes on there         what is left here is cache from then on (`left.rs`)
 //!     anything else            the plane is asked: if it is ours, nobody else can get it any more, and it goes on here
 //! one write of the record: nothing is open
 //! ```
