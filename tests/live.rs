@@ -28,7 +28,7 @@ fn launch_with(arguments: &[&str]) -> (Fleet, Link, Guest) {
 }
 
 /// The guest by the port that its runner forwards for the health check.
-fn guest(fleet: &Fleet) -> Guest {
+pub(crate) fn guest(fleet: &Fleet) -> Guest {
     let forwards = fleet.runner_status("n")["forwards"].clone();
     let at = forwards.as_array().unwrap().iter().find(|pair| pair[0] == 80).expect("its port 80")[1].clone();
     Guest { port: at.as_str().unwrap().rsplit_once(':').unwrap().1.parse().unwrap() }
@@ -69,7 +69,7 @@ fn a_machine_that_writes_moves_there_and_back_while_it_runs() {
     let info = fleet.info("n");
     assert_eq!((info["host"].as_str(), info["generation"].as_u64()), (Some("c"), Some(2)), "{info}");
     let guest_on_c = guest(&fleet);
-    assert!(guest_on_b.is_closed(), "nothing of it runs on b");
+    eventually("nothing of it is left running on b", LONG, || guest_on_b.is_closed().then_some(()));
     eventually("the guest takes up who it is", LONG, || (guest_on_c.get("/instance/generation") != seed).then_some(()));
     assert!(writes_on(&guest_on_c) >= written);
     assert!(sound(&guest_on_c, &generation) >= written);
@@ -77,7 +77,7 @@ fn a_machine_that_writes_moves_there_and_back_while_it_runs() {
     assert_eq!(guest_on_c.get("/notes/kept"), "acknowledged");
     guest_on_c.put("/notes/there", "written on c");
     let left = fleet.host_data("b").join("instances").join(info["id"].as_str().unwrap());
-    assert!(!left.exists(), "the old host keeps nothing");
+    assert!(!left.exists(), "it is no instance of the old host any more");
     assert!(fleet.info("n")["moved_pause_us"].as_u64().is_some());
 
     // And back, with memory of which a part is mapped from what came.
@@ -94,7 +94,7 @@ fn a_machine_that_writes_moves_there_and_back_while_it_runs() {
 }
 
 /// QEMUs of the instance, on whichever host.
-fn machines(id: &str) -> usize {
+pub(crate) fn machines(id: &str) -> usize {
     let uuid = format!("{}-{}-{}-{}-{}", &id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]);
     let lines = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
         let line = std::fs::read(entry.path().join("cmdline")).ok()?;
@@ -110,7 +110,9 @@ fn one_owner(fleet: &Fleet) -> (String, Guest) {
     let (host, id) = (info["host"].as_str().unwrap().to_owned(), info["id"].as_str().unwrap().to_owned());
     let other = if host == "b" { "c" } else { "b" };
     let left = fleet.host_data(other).join("instances").join(&id);
-    eventually("the other host has nothing of it", LONG, || (!left.exists()).then_some(()));
+    eventually("it is no instance of the other host", LONG, || (!left.exists()).then_some(()));
+    let kept = fleet.host_data(other).join("left").join(&id).join("instance.json");
+    eventually("what the other host keeps is no instance", LONG, || (!kept.exists()).then_some(()));
     eventually("its machine is there", LONG, || {
         let machines = machines(&id);
         assert!(machines < 2, "one machine only");
@@ -229,17 +231,24 @@ fn the_runner_that_sends_it_dies() {
 #[test]
 fn a_thin_link_is_noticed_and_it_is_suspended_for_the_move() {
     let (fleet, link, guest_on_b) = launch_with(&[]);
-    let generation = guest_on_b.get("/fill?20");
+    guest_on_b.get("/fill?20");
     // There and back at once: what it left there is only just being cleared away.
     for to in ["c", "b", "c", "b"] {
         assert_eq!(fleet.json(&["move", "n", "--to", to])["live"], true);
     }
+    // What is on c of it is of no use.
+    guest(&fleet).get("/fill?20");
     let dry = fleet.json(&["move", "n", "--to", "c", "--dry-run"]);
     assert_eq!((dry["live"].as_bool(), dry["why_not_live"].is_null()), (Some(true), true), "{dry}");
     assert!(dry["estimate"]["bytes"].as_u64().unwrap() > 20 << 20, "{dry}");
     assert_eq!(fleet.info("n")["host"], "b", "nothing has moved");
     fleet.ok(&["move", "n", "--to", "c"]);
 
+    let generation = guest(&fleet).get("/fill?20");
+    // What is kept there would be enough.
+    let kept = fleet.host_data("b").join("left");
+    eventually("b keeps it", LONG, || std::fs::read_dir(&kept).ok()?.next().map(|_| ()));
+    std::fs::remove_dir_all(&kept).unwrap();
     link.slow(16 << 10);
     let dry = fleet.json(&["move", "n", "--to", "b", "--dry-run"]);
     assert_eq!(dry["live"], false, "{dry}");

@@ -21,6 +21,7 @@ mod mount;
 mod network;
 mod no_space;
 mod reach;
+mod returning;
 mod runner_death;
 mod settings;
 mod soak;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use collective_testkit::{Fleet, Guest, eventually, free_port};
 
+use crate::live::guest;
 use crate::{PROGRAM, tiny};
 
 const LONG: Duration = Duration::from_secs(120);
@@ -157,4 +158,30 @@ fn what_the_machine_does_not_suit_is_booted() {
     assert_eq!(same.get("/setting/title"), "Warm");
     launch(&fleet, "large", &["--set", "title=Warm", "--memory", "600M"]);
     assert!(happened(&fleet, "large", "another size of memory"));
+}
+
+#[test]
+fn a_machine_of_its_version_moves_without_what_the_other_host_has_of_that() {
+    let mut fleet = Fleet::start(PROGRAM);
+    fleet.join("c");
+    fleet.ok(&["publish", &tiny("1").to_string_lossy(), "--warm"]);
+    fleet.ok(&["launch", "test/tiny", "--name", "other", "--host", "c"]);
+    eventually("the other host has all", LONG, || (fleet.info("other")["frames_missing"] == 0).then_some(()));
+    fleet.ok(&["delete", "other", "--data"]);
+    // Both hosts are this machine, so it publishes no port.
+    fleet.ok(&["launch", "test/tiny", "--name", "n", "--host", "a"]);
+    fleet.wait("n", "healthy");
+    assert!(happened(&fleet, "n", "goes on with the machine that came with version 1"));
+    let generation = guest(&fleet).get("/fill?5");
+    let moved = fleet.json(&["move", "n", "--to", "c"]);
+    let [sent, kept] = ["bytes", "kept_bytes"].map(|field| moved[field].as_u64().unwrap());
+    eprintln!("{moved}");
+    assert!(moved["live"] == true && kept > sent, "{moved}");
+    let there = guest(&fleet);
+    assert_eq!(there.get("/pages"), format!("1280 pages of {generation}, 0 bad"));
+    assert_eq!(there.get("/boots"), "1", "it was not booted");
+    // And home again, where both help: the version's memory, and what was kept.
+    let back = fleet.json(&["move", "n", "--to", "a"]);
+    assert!(back["bytes"].as_u64().unwrap() < sent, "{back} after {moved}");
+    assert_eq!(guest(&fleet).get("/pages"), format!("1280 pages of {generation}, 0 bad"));
 }

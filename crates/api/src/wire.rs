@@ -371,7 +371,7 @@ pub struct HostReport {
     pub events: Vec<Event>,
 }
 
-/// `GET /v1/hosts/self/orders?seen=REVISION&wait_ms=N`: everything the host should know, as soon as it differs from
+/// `GET /v1/hosts/self/orders?seen=REVISION&wait_ms=N&left=ID,ID`: everything the host should know, as soon as it differs from
 /// what it was at `seen`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HostOrders {
@@ -389,6 +389,9 @@ pub struct HostOrders {
     /// Instances that another host has now, and since which ownership: what is left of them here can go.
     #[serde(default)]
     pub moved: Vec<(InstanceId, Generation)>,
+    /// Of those that the host asked for (`left`, instances that it had once) the ones that are no more.
+    #[serde(default)]
+    pub deleted: Vec<InstanceId>,
 }
 
 /// What an operation's `result` holds after `plan`.

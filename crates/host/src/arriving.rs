@@ -72,6 +72,7 @@ impl Instance {
         if self.record.arriving.is_some() && status.arrival.is_some_and(|arrival| arrival.complete) {
             self.record.arriving = None;
             self.save_or_log();
+            self.forget_left();
             self.event("complete", "all of it is on this host, and the store is not needed any more".into());
         }
     }
@@ -88,15 +89,19 @@ impl Instance {
             self.publish();
             sleep(ASK_EVERY).await;
         }
-        let Some(Arriving { home, packs, scratch, layers }) = self.record.arriving.clone() else { return Ok(()) };
+        let Some(Arriving { home, packs, scratch, layers, kept, hashes }) = self.record.arriving.clone() else {
+            return Ok(());
+        };
         let Some(key) = self.arrival_key().await? else { return Ok(()) };
-        let order = PrivateOrder::Restore { home, packs, scratch, disks: layers, files: Vec::new(), begin: false };
+        let (disks, files) = (layers, Vec::new());
+        let order = PrivateOrder::Restore { home, packs, scratch, disks, files, begin: false, kept, hashes };
         match self.run_private(id, &key, &order, "fetching the rest of it").await? {
             PrivateNews::Restored { .. } => {}
             other => return Err(format!("its runner answered something else: {other:?}")),
         }
         self.record.arriving = None;
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
+        self.forget_left();
         self.clear_arrived();
         Ok(())
     }

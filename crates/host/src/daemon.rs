@@ -15,6 +15,7 @@ use crate::HostConfig;
 use crate::context::{Context, lock};
 use crate::files::{create_folder, read_json};
 use crate::instance::{Command, Instance, record_path};
+use crate::left;
 use crate::record::{Record, Visiting};
 use crate::tunnel::{self, Place};
 
@@ -136,7 +137,8 @@ impl Daemon {
         let mut seen = 0;
         let mut was_away = false;
         loop {
-            let path = format!("/v1/hosts/self/orders?seen={seen}&wait_ms={ORDERS_WAIT_MS}");
+            let left: Vec<String> = left::list(&self.context.config.data).iter().map(ToString::to_string).collect();
+            let path = format!("/v1/hosts/self/orders?seen={seen}&wait_ms={ORDERS_WAIT_MS}&left={}", left.join(","));
             match self.client.get::<HostOrders>(&path).await {
                 Ok(orders) => {
                     if std::mem::take(&mut was_away) {
@@ -191,6 +193,10 @@ impl Daemon {
                     self.instances.remove(&id);
                 }
             }
+        }
+        for id in orders.deleted {
+            tracing::info!(instance = %id, "an instance that was here was deleted elsewhere: nothing of it is kept");
+            left::forget(&self.context.config.data, &id);
         }
         let listed: HashSet<_> = orders.tunnels.iter().map(|order| order.id.clone()).collect();
         self.tunnels.retain(|id| listed.contains(id));
@@ -301,7 +307,9 @@ fn tidy_copies(context: &Context) {
 
 async fn evict(context: &Context) -> Result<(), String> {
     let size = context.cache.size().map_err(|e| e.to_string())?;
-    *lock(&context.cache_bytes) = size;
+    // What is kept of instances that are elsewhere goes first.
+    let left = left::tidy(context, context.config.cache_budget.saturating_sub(size));
+    *lock(&context.cache_bytes) = size + left;
     if size <= context.config.cache_budget {
         return Ok(());
     }

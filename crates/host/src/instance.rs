@@ -155,7 +155,7 @@ impl Instance {
             match command {
                 Some(Command::Spec(spec)) => self.take_spec(*spec).await,
                 Some(Command::Operate(operation)) => self.operate(operation).await,
-                Some(Command::Moved(generation)) => self.moved_away(generation).await,
+                Some(Command::Moved(generation)) => self.moved_away(generation, None).await,
                 Some(Command::Visit { operation, tunnel, .. }) => self.visit(operation, tunnel).await,
                 Some(Command::SendDisk { disk, tunnel }) => self.send_disk(&disk, tunnel).await,
                 None => {}
@@ -419,6 +419,7 @@ impl Instance {
             std::fs::remove_dir_all(&self.folder).map_err(failed)?;
         }
         let _ = std::fs::remove_dir_all(&self.run_dir);
+        self.forget_left();
         self.forget_here();
         Ok(serde_json::json!({ "kept": kept }))
     }

@@ -4,7 +4,7 @@
 //! one write of the record: an order to leave is open
 //! the runner sends; this daemon seals what it sends, and passes it on through the plane
 //! all was sent: the guest stands still until it is known who has it
-//!     it goes on there         what is left here goes
+//!     it goes on there         what is left here is cache from then on (`left.rs`)
 //!     anything else            the plane is asked: if it is ours, nobody else can get it any more, and it goes on here
 //! one write of the record: nothing is open
 //! ```
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use collective_api::{PrivateGrant, StayAnswer, StayRequest, Tunnel};
-use collective_model::run::{Leave, Platform, Request, RunConfig};
+use collective_model::run::{Leave, Platform, Request, RunConfig, RunImage};
 use collective_model::run_live::{MAX_PIECE, Piece, Word};
 use collective_model::{Digest, Generation, OperationId, OperationState, State, VersionName};
 use serde::{Deserialize, Serialize};
@@ -25,13 +25,15 @@ use tokio::time::{sleep, timeout};
 
 use crate::instance::Instance;
 use crate::link;
-use crate::record::DiskRecord;
+use crate::record::{DiskRecord, layer_path};
 use crate::sealed::{MOST, Receiver, Sender, Side, seal_of};
 
 /// The other host has said nothing for so long: it is given up.
 const SILENCE: Duration = Duration::from_secs(180);
 /// The same once all was sent, and the guest stands still.
 const SILENCE_AT_THE_END: Duration = Duration::from_secs(20);
+/// A runner writes down so quickly what is kept of a memory, or it is ended.
+const KEEP_LIMIT: Duration = Duration::from_secs(15);
 /// How often runner and plane are asked how it is.
 const ASK_EVERY: Duration = Duration::from_millis(20);
 /// A plane that is away is asked again after this time.
@@ -48,6 +50,9 @@ pub(crate) struct Hello {
     pub disks: Vec<DiskRecord>,
     pub memory_mib: u64,
     pub cpus: u32,
+    /// The version's memory with which the machine began.
+    #[serde(default)]
+    pub memory_image: Option<RunImage>,
     pub platform: Platform,
     pub epoch: String,
     pub next_event: u64,
@@ -60,7 +65,10 @@ pub(crate) struct Hello {
 #[derive(Debug)]
 enum Outcome {
     /// It goes on there.
-    Gone,
+    Gone {
+        /// How much memory it has.
+        memory_bytes: u64,
+    },
     /// It stays, and this is for whoever wanted it.
     Stays(Value),
     /// It did not work, or nobody knows.
@@ -75,11 +83,15 @@ impl Instance {
         }
         self.bring_rest(Some(id)).await?;
         self.record.leaving = Some(id.clone());
+        // Its runner creates it only once the machine goes on there.
+        let memory = self.record.reserve_layer();
         self.save().map_err(|e| format!("cannot keep its record: {e}"))?;
-        let outcome = self.try_leave(id, only_measure).await.unwrap_or_else(Outcome::Unknown);
+        let left = self.try_leave(id, only_measure, memory).await;
+        let outcome = left.unwrap_or_else(Outcome::Unknown);
         match outcome {
-            Outcome::Gone => {
-                self.went_away(Generation(self.record.spec.generation.0 + 1)).await;
+            Outcome::Gone { memory_bytes } => {
+                let next = Generation(self.record.spec.generation.0 + 1);
+                self.went_away(next, Some((memory, memory_bytes))).await;
                 Ok(Value::Null)
             }
             Outcome::Stays(value) => {
@@ -93,7 +105,7 @@ impl Instance {
         }
     }
 
-    async fn try_leave(&mut self, id: &OperationId, only_measure: bool) -> Result<Outcome, String> {
+    async fn try_leave(&mut self, id: &OperationId, only_measure: bool, memory: u64) -> Result<Outcome, String> {
         let config: Option<RunConfig> = crate::files::read_json(&self.run_dir.join("run.json")).ok().flatten();
         let config = config.ok_or("what the machine is made of is not known any more")?;
         let here = self.context.config.platform.clone().ok_or("it is not known what it runs on")?;
@@ -108,9 +120,10 @@ impl Instance {
         let from = Receiver::new(BufReader::new(from), seal, id.clone(), Side::Target);
         let epoch = format!("{id}-live");
         let whole = self.say_hello(&config, platform, &epoch, &mut to).await?;
-        let request = Request::Leave { epoch, whole, only_measure };
+        let keep = (self.context.config.cache_budget > 0).then(|| layer_path(&self.folder, memory));
+        let request = Request::Leave { epoch, whole, only_measure, keep };
         let line = link::hand_over(&self.run_dir, &request).await.map_err(|e| e.to_string())?;
-        Ok(self.pass_on(id, line, to, from).await)
+        Ok(self.pass_on(id, line, to, from, config.memory_mib << 20).await)
     }
 
     /// Gives the numbers of disks that are sent whole.
@@ -139,6 +152,7 @@ impl Instance {
             disks: disks.collect(),
             memory_mib: config.memory_mib,
             cpus: config.cpus,
+            memory_image: self.record.memory_image.clone(),
             platform,
             epoch: epoch.to_owned(),
             next_event: self.record.next_event + 8,
@@ -159,6 +173,7 @@ impl Instance {
         (mut reader, mut writer): (BufReader<OwnedReadHalf>, OwnedWriteHalf),
         mut to: Sender<WriteHalf<Tunnel>>,
         mut from: Receiver<BufReader<ReadHalf<Tunnel>>>,
+        memory_bytes: u64,
     ) -> Outcome {
         let is_final = AtomicBool::new(false);
         let moved = AtomicU64::new(0);
@@ -203,7 +218,7 @@ impl Instance {
                 };
                 for word in words_in(&batch) {
                     match word {
-                        Word::Gone { .. } => return Outcome::Gone,
+                        Word::Gone { .. } => return Outcome::Gone { memory_bytes },
                         Word::Failed { why } => return Outcome::Unknown(why),
                         _ => {}
                     }
@@ -214,16 +229,27 @@ impl Instance {
             }
         };
         // The connection with the runner ends with these, and so does what it does, unless all was sent.
-        tokio::select! {
+        let outcome = tokio::select! {
             outcome = there => outcome,
             outcome = back => outcome,
+        };
+        if matches!(outcome, Outcome::Gone { .. }) && self.context.config.cache_budget > 0 {
+            let keep = async {
+                writer.write_all(&Piece::Word(Word::Keep).encode()).await.map_err(|e| e.to_string())?;
+                next_batch(&mut reader).await
+            };
+            // It has gone, whatever is kept of it.
+            if let Ok(Err(why)) = timeout(KEEP_LIMIT, keep).await {
+                tracing::info!(why, "nothing is kept of the memory of a machine that left");
+            }
         }
+        outcome
     }
 
     /// It runs elsewhere since this ownership.
-    async fn went_away(&mut self, generation: Generation) {
+    async fn went_away(&mut self, generation: Generation, memory: Option<(u64, u64)>) {
         self.clear_leftovers().await;
-        self.moved_away(generation).await;
+        self.moved_away(generation, memory).await;
     }
 
     /// Finds out whose it is, and lets it go on if it is ours.
@@ -245,7 +271,7 @@ impl Instance {
             let request =
                 StayRequest { generation: self.record.spec.generation, why: format!("it did not move: {why}") };
             if let Some(generation) = self.ask_whose(&id, &request).await.moved {
-                return self.went_away(generation).await;
+                return self.went_away(generation, None).await;
             }
             while self.record.runner_pid.is_some()
                 && let Err(link::LinkError::Silent(error)) = link::ask(&self.run_dir, &Request::Stay).await
@@ -283,6 +309,19 @@ impl Instance {
             self.conclude(id, OperationState::Failed { error: format!("it did not move, and is where it was: {why}") });
         }
     }
+}
+
+/// The next piece that the runner sends, with its length.
+pub(crate) async fn next_piece(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, String> {
+    let ended = |e: std::io::Error| format!("its runner says nothing more: {e}");
+    let length = reader.read_u32_le().await.map_err(ended)?;
+    if length as usize > MAX_PIECE {
+        return Err("its runner sent a piece that is too long".into());
+    }
+    let mut piece = length.to_le_bytes().to_vec();
+    piece.resize(4 + length as usize, 0);
+    reader.read_exact(&mut piece[4..]).await.map_err(ended)?;
+    Ok(piece)
 }
 
 /// Whole pieces that the runner sent, as many as are there, and the words among them.

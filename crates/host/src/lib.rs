@@ -14,6 +14,7 @@ mod files;
 mod holding;
 mod instance;
 mod leaving;
+mod left;
 mod link;
 mod merging;
 mod observe;

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use collective_api::{Backup, ClientError, PrivateGrant};
 use collective_keys::OwnerKey;
+use collective_model::kept::KeptCopy;
 use collective_model::run_private::{PrivateNews, PrivateOrder, RestoreDisk, RunPack};
 use collective_model::{BackupId, DiskRole, Name, OperationId, OperationState, State, Timestamp, Trigger};
 use collective_store::PackInfo;
@@ -191,6 +192,8 @@ impl Instance {
             disks: disks.to_vec(),
             files: Vec::new(),
             begin: false,
+            kept: KeptCopy::default(),
+            hashes: None,
         };
         let news = self.run_private(Some(id), key, &order, "fetching").await;
         let _ = std::fs::remove_dir_all(scratch);

@@ -7,7 +7,8 @@
 //!           while it runs (`arriving.rs`)
 //! ```
 //! Between the two the plane makes another host the owner (`plane/src/movement.rs`). What does not run stays so until its
-//! owner is told; so the old host needs not be asked again, and what it has left goes when the new one has it.
+//! owner is told; so the old host needs not be asked again, and what it has left is no instance any more when the new one has
+//! it (`left.rs`).
 
 use std::time::Duration;
 
@@ -132,6 +133,7 @@ impl Instance {
 
     /// Brings the instance from the store. A machine that stood still goes on.
     pub(crate) async fn receive(&mut self, id: &OperationId, wanted: &BackupId, cold: bool) -> Result<Value, String> {
+        let mut kept_bytes = 0;
         if self.record.arrived.as_ref() != Some(wanted) {
             if !matches!(self.record.state, State::Stopped | State::Suspended | State::Failed) {
                 return Err(format!("it is {} here", self.record.state));
@@ -146,15 +148,20 @@ impl Instance {
             while received.is_err() && self.plane_was_away(id).await {
                 received = self.fetch_whole(id, &key, &backup, cold).await;
             }
-            if let Err(why) = received {
-                self.set_state(State::Stopped);
-                return Err(format!("{why}. It is in the store; move it again when that is mended"));
-            }
+            kept_bytes = match received {
+                Ok(bytes) => bytes,
+                Err(why) => {
+                    self.set_state(State::Stopped);
+                    return Err(format!("{why}. It is in the store; move it again when that is mended"));
+                }
+            };
         }
-        match self.record.state {
-            State::Suspended => self.go_on().await,
-            _ => Ok(json!({ "state": self.record.state })),
-        }
+        let mut result = match self.record.state {
+            State::Suspended => self.go_on().await?,
+            _ => json!({ "state": self.record.state }),
+        };
+        result["kept_bytes"] = kept_bytes.into();
+        Ok(result)
     }
 
     /// Whether the plane, which has the key for this operation, is away; then waits until it is back.
@@ -175,7 +182,7 @@ impl Instance {
         key: &collective_keys::OwnerKey,
         backup: &Backup,
         cold: bool,
-    ) -> Result<(), String> {
+    ) -> Result<u64, String> {
         let whole = backup.whole.as_ref().filter(|whole| whole.disks.len() == backup.disks.len());
         let whole = whole.ok_or("it is not a whole instance")?;
         let manifest = self.manifest(&backup.version).await?;
@@ -234,11 +241,13 @@ impl Instance {
             packs: backup.packs.iter().map(run_pack).collect(),
             scratch: self.folder.join(ARRIVING),
             layers: restore,
+            kept: self.kept_copy(&backup.disks.iter().map(|disk| &disk.name).collect::<Vec<_>>()),
+            hashes: Some(self.folder.join(HASHES)),
         };
-        let Arriving { home, packs, scratch, layers: disks_to_come } = arriving.clone();
-        let order = PrivateOrder::Restore { home, packs, scratch, disks: disks_to_come, files, begin: true };
+        let Arriving { home, packs, scratch, layers, kept, hashes } = arriving.clone();
+        let order = PrivateOrder::Restore { home, packs, scratch, disks: layers, files, begin: true, kept, hashes };
         self.record.version = backup.version;
-        let PrivateNews::Restored { fetched, missing, .. } =
+        let PrivateNews::Restored { fetched, missing, kept, .. } =
             self.run_private(Some(id), key, &order, "fetching").await?
         else {
             return Err("its runner answered something else".into());
@@ -265,14 +274,18 @@ impl Instance {
         record.note_stored(backup.id.clone());
         record.power_serial = record.spec.power_serial;
         self.set_state(if self.record.suspended.is_some() { State::Suspended } else { State::Stopped });
-        let missing = ByteSize(missing);
-        self.event("arrived", format!("it is here: {fetched} bytes fetched, and {missing} come while it runs"));
+        let [missing, kept_here] = [missing, kept].map(ByteSize);
+        let mut how = format!("it is here: {fetched} bytes fetched, and {missing} come while it runs");
+        if kept > 0 {
+            how += &format!("; {kept_here} were kept here");
+        }
+        self.event("arrived", how);
         self.note_images();
-        Ok(())
+        Ok(kept)
     }
 
-    /// Another host has it since `generation`: nothing of it is needed here any more.
-    pub(crate) async fn moved_away(&mut self, generation: Generation) {
+    /// Another host has it since `generation`: it is no instance here any more.
+    pub(crate) async fn moved_away(&mut self, generation: Generation, memory: Option<(u64, u64)>) {
         if generation <= self.record.spec.generation {
             return;
         }
@@ -280,7 +293,7 @@ impl Instance {
             tracing::error!(instance = %self.record.spec.name, "it ran here while another host owns it; it is ended");
         }
         self.clear_leftovers().await;
-        let removed = std::fs::remove_dir_all(&self.folder).and_then(|()| std::fs::remove_dir_all(&self.run_dir));
+        let removed = self.leave_behind(memory).and_then(|()| std::fs::remove_dir_all(&self.run_dir));
         if let Err(error) = removed {
             tracing::warn!(%error, "what is left of an instance that moved away cannot be removed");
         }

@@ -15,16 +15,16 @@ use std::time::Duration;
 
 use collective_api::{ClientError, PrivateGrant, Tunnel};
 use collective_model::run::Request;
-use collective_model::run_live::{MAX_PIECE, Piece, Receiving, Word};
-use collective_model::{CheckpointMachine, OperationId, OperationState, Spec, State, Timestamp};
+use collective_model::run_live::{Piece, Receiving, Word};
+use collective_model::{ByteSize, CheckpointMachine, OperationId, OperationState, Spec, State, Timestamp};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Mutex;
 use tokio::time::sleep;
 
 use crate::instance::Instance;
-use crate::leaving::{Hello, words_in};
+use crate::leaving::{Hello, next_piece, words_in};
 use crate::link;
 use crate::record::{DiskRecord, MachineRecord, Record, SuspendedRecord, Visiting, layer_path, state_path};
 use crate::sealed::{Receiver, Sender, Side, seal_of};
@@ -33,6 +33,8 @@ use crate::tunnel::Dial;
 
 /// How often it is looked whether a runner listens.
 const ASK_EVERY: Duration = Duration::from_millis(20);
+/// A runner that cannot be found so often in a row has ended; one that is only just being started has no arguments yet.
+const LOOKS: u32 = 10;
 /// A plane that is away is asked again after this time.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// The plane says that it is not ours. Whatever else it says, it may be.
@@ -129,7 +131,7 @@ impl Instance {
                 UEFI_VARS => self.uefi_vars_path(),
                 _ => continue,
             };
-            write_file(&path, &bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+            crate::files::write(&path, &bytes).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
         }
         let manifest = self.manifest(&hello.version).await?;
         let record = &mut self.record;
@@ -158,6 +160,7 @@ impl Instance {
             state: state_path(&self.folder, memory),
             epoch: hello.epoch.clone(),
             tops: tops.iter().map(|layer| layer_path(&self.folder, *layer)).collect(),
+            kept: self.kept_for(&hello),
         });
         self.note_images();
         self.hand_out(&config, &manifest, None).await?;
@@ -166,13 +169,14 @@ impl Instance {
 
     /// The connection with the runner, once it listens.
     async fn listen(&self) -> Result<(BufReader<OwnedReadHalf>, OwnedWriteHalf), String> {
+        let mut looks = 0;
         loop {
             match link::hand_over(&self.run_dir, &Request::Arrive).await {
                 Ok(line) => return Ok(line),
                 Err(link::LinkError::Refused(why)) => return Err(why),
                 Err(link::LinkError::Silent(error)) => {
-                    let mark = self.run_dir.to_string_lossy();
-                    if self.record.runner_pid.is_none_or(|pid| !link::is_alive(pid, &mark)) {
+                    looks = if self.has_runner() { 0 } else { looks + 1 };
+                    if looks > LOOKS {
                         let end = link::end(&self.run_dir).map(|end| end.message);
                         return Err(end.unwrap_or_else(|| format!("its runner ended: {error}")));
                     }
@@ -219,10 +223,11 @@ impl Instance {
                     }
                 };
                 match Piece::word(&piece[4..]) {
-                    Some(Word::Kept { digest, memory_bytes, bytes, rounds }) => {
+                    Some(Word::Kept { digest, memory_bytes, bytes, rounds, kept }) => {
                         is_whole.store(true, Relaxed);
                         let machine = came.machine(digest, memory_bytes);
-                        self.make_ours(operation, &came, machine, json!({ "bytes": bytes, "rounds": rounds })).await?;
+                        let told = json!({ "bytes": bytes, "rounds": rounds, "kept_bytes": kept });
+                        self.make_ours(operation, &came, machine, told).await?;
                         let word = Piece::Word(Word::GoOn).encode();
                         let told = writer.lock().await.write_all(&word).await;
                         told.map_err(|e| format!("its runner is not told to go on: {e}"))?;
@@ -253,10 +258,13 @@ impl Instance {
         }
     }
 
+    fn has_runner(&self) -> bool {
+        self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &self.run_dir.to_string_lossy()))
+    }
+
     /// Why the runner ended, if it says so.
     async fn last_words(&self, otherwise: String) -> String {
-        let mark = self.run_dir.to_string_lossy();
-        while self.record.runner_pid.is_some_and(|pid| link::is_alive(pid, &mark)) {
+        while self.has_runner() {
             sleep(ASK_EVERY).await;
         }
         link::end(&self.run_dir).map_or(otherwise, |end| end.message)
@@ -306,10 +314,16 @@ impl Instance {
         self.went_on();
         self.started = tokio::time::Instant::now();
         let result = json!({
-            "live": true, "pause_us": pause_us, "bytes": told["bytes"], "rounds": told["rounds"], "state": self.record.state,
+            "live": true, "pause_us": pause_us, "bytes": told["bytes"], "kept_bytes": told["kept_bytes"],
+            "rounds": told["rounds"], "state": self.record.state,
         });
+        self.forget_left();
         let ms = pause_us as f64 / 1000.0;
-        self.event("arrived", format!("it came while it ran, and stood still for {ms:.1} ms"));
+        let kept = ByteSize(told["kept_bytes"].as_u64().unwrap_or_default());
+        self.event(
+            "arrived",
+            format!("it came while it ran, and stood still for {ms:.1} ms; {kept} were here already"),
+        );
         self.conclude(operation.clone(), OperationState::Done { result });
         self.observe().await;
         if let Err(why) = self.let_users_in().await {
@@ -331,6 +345,7 @@ impl Instance {
             }
         }
         self.observe().await;
+        self.forget_left();
         self.record.visiting = None;
         if self.record.suspended.is_some() {
             // The runner ended before it went on: what came is as it was.
@@ -375,26 +390,4 @@ impl Came {
             },
         }
     }
-}
-
-/// The next piece that the runner sends, with its length.
-async fn next_piece(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, String> {
-    let ended = |e: std::io::Error| format!("its runner says nothing more: {e}");
-    let length = reader.read_u32_le().await.map_err(ended)?;
-    if length as usize > MAX_PIECE {
-        return Err("its runner sent a piece that is too long".into());
-    }
-    let mut piece = length.to_le_bytes().to_vec();
-    piece.resize(4 + length as usize, 0);
-    reader.read_exact(&mut piece[4..]).await.map_err(ended)?;
-    Ok(piece)
-}
-
-/// Private, and durable.
-fn write_file(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut file = std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
 }

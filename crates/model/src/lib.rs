@@ -10,6 +10,7 @@ mod digest;
 mod health;
 mod images;
 mod instance;
+pub mod kept;
 mod lifecycle;
 pub mod live;
 mod manifest;

@@ -113,12 +113,15 @@ pub struct Estimate {
     pub total_ms: u64,
     /// Why it would not move while it runs.
     pub why_not: Option<String>,
+    /// Bytes that need not be sent: the other host keeps them since it was there.
+    #[serde(default)]
+    pub kept: u64,
 }
 
 impl Estimate {
     /// From what was measured.
-    pub fn of(bytes: u64, rate: u64) -> Self {
-        Self { bytes, rate, total_ms: millis(bytes, rate), why_not: is_worth_it(bytes, rate).err() }
+    pub fn of(bytes: u64, rate: u64, kept: u64) -> Self {
+        Self { bytes, rate, total_ms: millis(bytes, rate), why_not: is_worth_it(bytes, rate).err(), kept }
     }
 }
 
@@ -153,7 +156,7 @@ mod tests {
         assert_eq!(is_worth_it(4 << 30, 100 * MIB), Ok(()));
         let why = is_worth_it(4 << 30, MIB).unwrap_err();
         assert!(why.contains("68 minutes"), "{why}");
-        let estimate = Estimate::of(200 * MIB, 100 * MIB);
+        let estimate = Estimate::of(200 * MIB, 100 * MIB, MIB);
         assert_eq!((estimate.total_ms, estimate.why_not), (2000, None));
     }
 

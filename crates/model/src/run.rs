@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::kept::KeptCopy;
 use crate::run_lifeline::{Orphan, Part};
 use crate::run_live::Receiving;
 use crate::run_merge::{MergeOrder, MergeStatus};
@@ -100,6 +101,12 @@ pub struct Arriving {
     pub scratch: PathBuf,
     /// The layers, each the lowest of its disk or of the memory.
     pub layers: Vec<RestoreDisk>,
+    /// What this host keeps of it since it was here.
+    #[serde(default)]
+    pub kept: KeptCopy,
+    /// Where hashes of blocks of these packs are to be remembered.
+    #[serde(default)]
+    pub hashes: Option<PathBuf>,
 }
 
 /// How much of [`Arriving`] has arrived.
@@ -255,6 +262,9 @@ pub enum Request {
         whole: Vec<u16>,
         /// Only measure how long it would take.
         only_measure: bool,
+        /// The layer to create with its memory, once it goes on there.
+        #[serde(default)]
+        keep: Option<PathBuf>,
     },
     /// Take the machine that comes on this connection.
     Arrive,

@@ -10,6 +10,8 @@
 //!   1  content of a disk or of memory: u16 which | u64 offset | bytes, whole blocks
 //!   2  zeros:                          u16 which | u64 offset | u64 length
 //!   3  a part of the machine's state, as its file has it
+//!   4  blocks that are offered:         u16 which | u64 offset of the first | 16 bytes for each, its hash
+//!   5  the answer to all offers since the last one: a bit for each block that is lacking ([`crate::kept`])
 //! ```
 //! Numbers are little-endian. Disks have the numbers of their order, memory has [`MEMORY`].
 
@@ -18,6 +20,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;
+use crate::kept::{KeptPart, OfferHash};
 
 /// The number of the memory.
 pub const MEMORY: u16 = u16::MAX;
@@ -37,6 +40,9 @@ pub struct Receiving {
     pub epoch: String,
     /// Layers that take the writes of the disks from when it goes on here; those of [`RunDisk`](crate::run::RunDisk) have what came.
     pub tops: Vec<PathBuf>,
+    /// What this host keeps of it since it was here.
+    #[serde(default)]
+    pub kept: Vec<KeptPart>,
 }
 
 /// What is said beside content.
@@ -44,7 +50,13 @@ pub struct Receiving {
 #[serde(tag = "word", rename_all = "kebab-case")]
 pub enum Word {
     /// From the one that gets it: what comes can be taken.
-    Ready,
+    Ready {
+        /// Of these disks something is kept there, so that they are offered first.
+        #[serde(default)]
+        keeps: Vec<u16>,
+    },
+    /// From the one that has it: these were offers; which of them do you lack?
+    Offered,
     /// From the one that has it: so far; say when you have it.
     Round {
         /// Counts them.
@@ -72,6 +84,9 @@ pub enum Word {
         rounds: u64,
         /// Bytes of the last one.
         last_bytes: u64,
+        /// Bytes that were there already.
+        #[serde(default)]
+        kept: u64,
     },
     /// From the runner that gets it to its daemon: all is here and durable.
     Kept {
@@ -83,6 +98,9 @@ pub enum Word {
         bytes: u64,
         /// As in [`Word::Final`].
         rounds: u64,
+        /// As in [`Word::Final`].
+        #[serde(default)]
+        kept: u64,
     },
     /// From its daemon to the runner that got it: it is ours, go on.
     GoOn,
@@ -91,6 +109,10 @@ pub enum Word {
         /// For how long the guest stood still, in microseconds.
         pause_us: u64,
     },
+    /// From its daemon to the runner that had it: it goes on there; what its memory is goes into the layer for that.
+    Keep,
+    /// The answer.
+    Left,
     /// From the one that has it: it stays, and this is why it should be suspended in place of that.
     Better {
         /// Why.
@@ -130,6 +152,17 @@ pub enum Piece {
     },
     /// A part of the state.
     State(Vec<u8>),
+    /// Blocks, one after the other, by their hashes.
+    Offer {
+        /// Which disk.
+        which: u16,
+        /// Where the first one is.
+        offset: u64,
+        /// The hashes.
+        hashes: Vec<OfferHash>,
+    },
+    /// What is lacking of the blocks that were offered.
+    Lacks(Vec<u8>),
 }
 
 impl Piece {
@@ -158,6 +191,16 @@ impl Piece {
                 out.push(3);
                 out.extend(bytes);
             }
+            Self::Offer { which, offset, hashes } => {
+                out.push(4);
+                out.extend(which.to_le_bytes());
+                out.extend(offset.to_le_bytes());
+                out.extend(hashes.as_flattened());
+            }
+            Self::Lacks(bits) => {
+                out.push(5);
+                out.extend(bits);
+            }
         }
         let length = (out.len() - 4) as u32;
         out[..4].copy_from_slice(&length.to_le_bytes());
@@ -182,6 +225,12 @@ impl Piece {
                 Ok(Self::Zeros { which, offset, length: u64::from_le_bytes(length) })
             }
             3 => Ok(Self::State(rest.to_vec())),
+            4 => {
+                let (which, offset, rest) = place()?;
+                let (hashes, []) = rest.as_chunks() else { return Err(broken()) };
+                Ok(Self::Offer { which, offset, hashes: hashes.to_vec() })
+            }
+            5 => Ok(Self::Lacks(rest.to_vec())),
             _ => Err(broken()),
         }
     }
@@ -204,6 +253,8 @@ mod tests {
             Piece::Content { which: 3, offset: 4096, bytes: vec![1; 4096] },
             Piece::Zeros { which: MEMORY, offset: 0, length: 1 << 30 },
             Piece::State(vec![1, 2, 3]),
+            Piece::Offer { which: 1, offset: 8192, hashes: vec![[7; 16], [8; 16]] },
+            Piece::Lacks(vec![0, 255]),
         ];
         for piece in pieces {
             let bytes = piece.encode();
@@ -212,6 +263,12 @@ mod tests {
             assert_eq!(Piece::decode(rest), Ok(piece.clone()));
             assert_eq!(Piece::word(rest).is_some(), matches!(piece, Piece::Word(_)));
         }
+    }
+
+    /// As a runner says it that keeps nothing and knows nothing of that.
+    #[test]
+    fn an_older_word() {
+        assert_eq!(Piece::word(b"\0{\"word\":\"ready\"}"), Some(Word::Ready { keeps: Vec::new() }));
     }
 
     proptest! {

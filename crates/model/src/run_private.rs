@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::kept::KeptCopy;
 use crate::run::RunImage;
 use crate::{Digest, InstanceId, Name};
 
@@ -46,6 +47,12 @@ pub enum PrivateOrder {
         /// Bring only files and indexes, which stay in the scratch folder: the layers come when the machine runs.
         #[serde(default)]
         begin: bool,
+        /// What this host keeps of it since it was here.
+        #[serde(default)]
+        kept: KeptCopy,
+        /// Where hashes of blocks of these packs are to be remembered.
+        #[serde(default)]
+        hashes: Option<PathBuf>,
     },
 }
 
@@ -157,6 +164,9 @@ pub enum PrivateNews {
         /// Stored bytes that are still to come.
         #[serde(default)]
         missing: u64,
+        /// Stored bytes that need not come: they are kept here.
+        #[serde(default)]
+        kept: u64,
     },
     /// It did not work.
     Failed {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use collective_api::{HostOrders, HostReport, HostView, JoinAnswer, Token, TokenKind, TokenView};
-use collective_model::{Digest, Name, Observed, Operation, OperationKind, OperationState, Timestamp};
+use collective_model::{Digest, InstanceId, Name, Observed, Operation, OperationKind, OperationState, Timestamp};
 
 use crate::Plane;
 use crate::database::HostRow;
@@ -116,7 +116,14 @@ impl Plane {
     }
 
     /// Everything a host should know, as soon as it differs from what it was at `seen`.
-    pub(crate) async fn orders(&self, host: &Name, seen: u64, wait: Duration) -> Answer<HostOrders> {
+    /// `left`: instances of which it keeps something, and wants to know whether they are still there.
+    pub(crate) async fn orders(
+        &self,
+        host: &Name,
+        seen: u64,
+        wait: Duration,
+        mut left: Vec<InstanceId>,
+    ) -> Answer<HostOrders> {
         self.database().host_seen(host, None).await?;
         let mut changed = self.inner.orders.subscribe();
         let wait = wait.min(Duration::from_millis(REACHABLE_MS / 2));
@@ -125,12 +132,13 @@ impl Plane {
         let revision = *changed.borrow_and_update();
         let rows = self.database().instances().await?;
         let moved = self.moved(&rows, host);
+        left.retain(|id| rows.iter().all(|row| row.spec.id != *id));
         let rows = rows.into_iter().filter(|row| row.host == *host);
         let specs: Vec<_> = rows.map(|row| row.spec).collect();
         let open = self.database().open_operations().await?.into_iter().map(|(operation, _)| operation);
         let operations = open.filter(|operation| specs.iter().any(|spec| spec.id == operation.instance)).collect();
         let tunnels = self.inner.tunnels.for_host(host);
-        Ok(HostOrders { revision, host: host.clone(), specs, operations, tunnels, moved })
+        Ok(HostOrders { revision, host: host.clone(), specs, operations, tunnels, moved, deleted: left })
     }
 
     pub(crate) async fn host_views(&self) -> Answer<Vec<HostView>> {

@@ -15,7 +15,7 @@ use collective_api::{
     LaunchRequest, MoveRequest, NewToken, OperationRequest, OperationView, PlaneStatus, PowerRequest, StayAnswer,
     StayRequest, StoreStatus, TUNNEL_PROTOCOL, TokenView, TunnelAnswer, TunnelTarget,
 };
-use collective_model::{Name, OperationId, Spec, TunnelId};
+use collective_model::{InstanceId, Name, OperationId, Spec, TunnelId};
 use collective_store::depot::DepotError;
 use hyper::upgrade::OnUpgrade;
 use serde::Deserialize;
@@ -149,10 +149,14 @@ async fn report(State(plane): State<Plane>, caller: Caller, Json(report): Json<H
 struct Seen {
     seen: u64,
     wait_ms: u64,
+    /// Instances, with commas between them.
+    #[serde(default)]
+    left: String,
 }
 
 async fn orders(State(plane): State<Plane>, caller: Caller, Query(query): Query<Seen>) -> Answer<Json<HostOrders>> {
-    Ok(Json(plane.orders(caller.host()?, query.seen, Duration::from_millis(query.wait_ms)).await?))
+    let left: Vec<InstanceId> = query.left.split(',').filter_map(|id| id.parse().ok()).collect();
+    Ok(Json(plane.orders(caller.host()?, query.seen, Duration::from_millis(query.wait_ms), left).await?))
 }
 
 async fn instances(State(plane): State<Plane>, caller: Caller) -> Answer<Json<Vec<InstanceView>>> {

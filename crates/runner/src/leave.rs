@@ -4,11 +4,17 @@
 //! that. Then it is stopped, and the last round and its devices follow. From the moment at which all was sent it does not go on
 //! by itself: the other host may have it, and only the daemon can find out.
 
+mod keep;
+mod offer;
+mod parts;
+
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use collective_model::kept::{OfferHasher, without};
 use collective_model::live::{self, Estimate, FIRST, Next, Sent};
 use collective_model::run::{Leave, Platform};
 use collective_model::run_live::{MEMORY, Piece, STEP, Word};
@@ -19,9 +25,7 @@ use collective_volume::Disk;
 use crate::line::Line;
 use crate::save::{Saver, encode, runs};
 use crate::state::Shared;
-
-/// So many bytes are sent before they are acknowledged.
-const PART: u64 = 16 << 20;
+use parts::{Origin, PART, Part, cut, data};
 
 /// What to send.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ pub(crate) struct What {
     /// Numbers of disks that are sent whole.
     pub whole: Vec<u16>,
     pub only_measure: bool,
+    /// The layer to create with its memory, once it goes on there.
+    pub keep: Option<PathBuf>,
 }
 
 /// Why it was not sent.
@@ -69,6 +75,8 @@ pub(crate) async fn leave(vm: &Vm, shared: &Shared, saver: &mut Saver, what: &Wh
                 sent: Vec::new(),
                 rounds: 0,
                 round_trip: u64::MAX,
+                hasher: OfferHasher::of(&what.epoch),
+                kept: 0,
             };
             sender.send_all(what).await
         }
@@ -77,6 +85,13 @@ pub(crate) async fn leave(vm: &Vm, shared: &Shared, saver: &mut Saver, what: &Wh
     disks.iter().for_each(|disk| disk.unfollow());
     let Err(stays) = sent else {
         shared.status().leave = Leave::Sent;
+        if let Some(path) = &what.keep
+            && let Err(why) = keep::keep(vm, &disks, saver, path, line).await
+        {
+            tracing::info!(why, "nothing is kept of the memory of a machine that left");
+        }
+        // It may stay all the same; then nothing may be missing in what is saved next.
+        let _ = saver.lend(vm).await;
         return;
     };
     if vm.status().await.is_ok_and(|status| status != RunState::Running) {
@@ -107,23 +122,9 @@ struct Sender<'a> {
     rounds: u64,
     /// In microseconds.
     round_trip: u64,
-}
-
-/// Bytes of a disk, or of memory as it is or as it was gone on with.
-struct Part {
-    which: u16,
-    range: Range<u64>,
-    from: Origin,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Origin {
-    Disk,
-    Base,
-    Memory {
-        /// Nothing was sent for these pages before, and zeros need not be either.
-        first: bool,
-    },
+    hasher: OfferHasher,
+    /// Bytes that were there already.
+    kept: u64,
 }
 
 impl Sender<'_> {
@@ -135,15 +136,16 @@ impl Sender<'_> {
             let why = format!("what it writes cannot be followed: {why}");
             return Err(Stays::Told(Word::Better { why }));
         }
-        match self.line.hear().await? {
-            Piece::Word(Word::Ready) => {}
+        let keeps = match self.line.hear().await? {
+            Piece::Word(Word::Ready { keeps }) => keeps,
             other => {
                 return Err(Stays::Failed(format!(
                     "the other host said something else than that it is ready: {other:?}"
                 )));
             }
-        }
+        };
         let parts = self.everything(&what.whole)?;
+        let parts = self.offer(parts, &keeps).await?;
         let total: u64 = parts.iter().map(|part| part.range.end - part.range.start).sum();
         let groups = cut(parts, FIRST);
         let last = groups.len() - 1;
@@ -154,7 +156,7 @@ impl Sender<'_> {
             }
             let rate = live::rate(&self.sent).unwrap_or(u64::MAX);
             if what.only_measure {
-                return Err(Stays::Told(Word::Measured(Estimate::of(total, rate))));
+                return Err(Stays::Told(Word::Measured(Estimate::of(total, rate, self.kept))));
             }
             let left = total.saturating_sub(self.sent.iter().map(|sent| sent.bytes).sum());
             live::is_worth_it(left, rate).map_err(|why| Stays::Told(Word::Better { why }))?;
@@ -201,8 +203,8 @@ impl Sender<'_> {
         }
         let bytes = self.sent.iter().map(|sent| sent.bytes).sum::<u64>() + last_bytes;
         let (state_bytes, rounds) = (state.len() as u64, self.rounds);
-        self.line.say(Word::Final { state_bytes, bytes, rounds, last_bytes }).await?;
-        tracing::info!(?stopped, ?saved, ?pages, all = ?begun.elapsed(), bytes, rounds, last_bytes, state_bytes, "all of the machine was sent");
+        self.line.say(Word::Final { state_bytes, bytes, rounds, last_bytes, kept: self.kept }).await?;
+        tracing::info!(?stopped, ?saved, ?pages, all = ?begun.elapsed(), bytes, kept = self.kept, rounds, last_bytes, state_bytes, "all of the machine was sent");
         Ok(())
     }
 
@@ -224,11 +226,13 @@ impl Sender<'_> {
             };
             parts.extend(ranges.into_iter().map(|range| Part { which, range, from: Origin::Disk }));
         }
+        let own = self.memory.changed()?;
         if let Some(base) = &self.base {
-            parts.extend(data(base).into_iter().map(|range| Part { which: MEMORY, range, from: Origin::Base }));
+            let others = without(&data(base), &own);
+            parts.extend(others.into_iter().map(|range| Part { which: MEMORY, range, from: Origin::Base }));
         }
         let from = Origin::Memory { first: self.base.is_none() };
-        parts.extend(self.memory.changed()?.into_iter().map(|range| Part { which: MEMORY, range, from }));
+        parts.extend(own.into_iter().map(|range| Part { which: MEMORY, range, from }));
         Ok(parts)
     }
 
@@ -314,7 +318,6 @@ impl Sender<'_> {
     ) -> io::Result<()> {
         let length = content.len();
         content.resize(length.next_multiple_of(BLOCK as usize), 0);
-        let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
         let mut left = length;
         for run in runs(&content, is_zero) {
             let bytes = run.len().min(left);
@@ -330,56 +333,6 @@ impl Sender<'_> {
     }
 }
 
-/// Ranges in which there may be something else than zeros.
-fn data(disk: &Disk) -> Vec<Range<u64>> {
-    let align = |range: Range<u64>| range.start / BLOCK * BLOCK..range.end.next_multiple_of(BLOCK).min(disk.size());
-    let first = disk.next_data(0);
-    std::iter::successors(first, |last| disk.next_data(last.end)).map(align).collect()
-}
-
-/// Groups of parts: the first one has about `first` bytes, all others about [`PART`]. There is at least one.
-fn cut(parts: Vec<Part>, first: u64) -> Vec<Vec<Part>> {
-    let mut groups = vec![Vec::new()];
-    let mut room = first.max(BLOCK);
-    for mut part in parts {
-        loop {
-            let bytes = part.range.end - part.range.start;
-            let fits = bytes.min(room.next_multiple_of(BLOCK));
-            let rest = part.range.start + fits..part.range.end;
-            let Part { which, from, .. } = part;
-            if let Some(group) = groups.last_mut() {
-                group.push(Part { which, range: part.range.start..rest.start, from });
-            }
-            room = room.saturating_sub(fits);
-            if room == 0 {
-                groups.push(Vec::new());
-                room = PART;
-            }
-            if rest.is_empty() {
-                break;
-            }
-            part = Part { which, range: rest, from };
-        }
-    }
-    if groups.len() > 1 && groups.last().is_some_and(Vec::is_empty) {
-        groups.pop();
-    }
-    groups
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::save::length;
-
-    #[test]
-    fn groups_have_everything_once_and_in_order() {
-        let part = |range| Part { which: 0, range, from: Origin::Disk };
-        let groups = cut(vec![part(0..PART * 2), part(PART * 3..PART * 3 + BLOCK)], 2 * BLOCK);
-        assert_eq!(groups[0].iter().map(|part| part.range.end).collect::<Vec<_>>(), [2 * BLOCK]);
-        let all: Vec<_> = groups.iter().flatten().map(|part| part.range.clone()).collect();
-        assert_eq!(length(&all), 2 * PART + BLOCK);
-        assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
-        assert_eq!(cut(Vec::new(), 0).len(), 1, "an empty one is acknowledged as well");
-    }
+fn is_zero(block: &[u8]) -> bool {
+    block.iter().all(|byte| *byte == 0)
 }

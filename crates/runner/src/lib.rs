@@ -9,6 +9,7 @@
 
 mod ahead;
 mod gate;
+mod kept;
 mod leave;
 mod lifeline;
 mod line;

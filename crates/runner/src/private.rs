@@ -3,9 +3,10 @@
 //! Only this process knows how images and layers become a disk, so it is here that the disks are read, cut and sealed.
 //! Nothing readable leaves it, and what comes back is believed only as far as the owner's key proves it.
 
+mod known;
 mod restore;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use collective_model::run_private::{
 use collective_model::{Digest, InstanceId, Name};
 use collective_store::cache::Cache;
 use collective_store::fetch::FrameStore;
-use collective_store::pack::{Pack, TRAILER};
+use collective_store::pack::Pack;
 use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Progress, Publisher};
 use collective_store::seal::Seal;
 use collective_store::trace::Trace;
@@ -30,10 +31,12 @@ use rayon::prelude::*;
 use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
+use crate::kept::KeptFrames;
 use crate::saved::{Reader, as_image};
 use crate::send::{image, open};
 use crate::{MEMORY, OpenSource, ahead};
-use restore::{Trouble, restore};
+use known::{recall, remember};
+use restore::{Memory, Trouble, restore};
 
 pub(crate) use restore::Arrival;
 
@@ -139,20 +142,32 @@ pub(crate) async fn carry_out(
             };
             tokio::task::spawn_blocking(back_up).await.map_err(|e| e.to_string())?
         }
-        PrivateOrder::Restore { home, packs, scratch, disks, files, begin } => {
+        PrivateOrder::Restore { home, packs, scratch, disks, files, begin, kept, hashes } => {
             let vault = open_vault(config, &home, infos(&packs))?;
-            let private = open_private(&scratch, seal, vault)?;
             let cache = Cache::open(&config.cache).map_err(|e| format!("cannot open the host's cache: {e}"))?;
-            let public = FrameStore::new(cache, open_source(config)?);
-            Ok(restore(private, public, (disks, &files), begin, out).await?)
+            let public = Arc::new(FrameStore::new(cache, open_source(config)?));
+            let near = KeptFrames::open(&kept, &seal, &public).await;
+            let private = open_private(&scratch, seal.clone(), vault, near)?;
+            let memory = hashes.map(|folder| Memory { folder, seal });
+            let what = restore::What { disks, files: &files, begin, memory };
+            Ok(restore(private, public, what, out).await?)
         }
     }
 }
 
 /// The owner's frames, kept in `scratch` as they come.
-fn open_private(scratch: &Path, seal: Arc<Seal>, vault: Arc<dyn Vault>) -> Result<FrameStore, String> {
+fn open_private(
+    scratch: &Path,
+    seal: Arc<Seal>,
+    vault: Arc<dyn Vault>,
+    near: Option<KeptFrames>,
+) -> Result<FrameStore, String> {
     let cache = Cache::open(scratch).map_err(|e| format!("cannot use {}: {e}", scratch.display()))?;
-    Ok(FrameStore::new(cache.sealed(seal), vault))
+    let store = FrameStore::new(cache.sealed(seal), vault);
+    Ok(match near {
+        Some(near) => store.beside(Arc::new(near)),
+        None => store,
+    })
 }
 
 /// Opens what arrives while the machine runs, waiting for a store that is away.
@@ -165,8 +180,10 @@ pub(crate) async fn open_arrival(
 ) -> Result<Arrival, String> {
     loop {
         let vault = open_vault(config, &arriving.home, infos(&arriving.packs))?;
-        let private = open_private(&arriving.scratch, seal.clone(), vault)?;
-        match Arrival::open(private, public.clone(), arriving.layers.clone()).await {
+        let near = KeptFrames::open(&arriving.kept, seal, public).await;
+        let private = open_private(&arriving.scratch, seal.clone(), vault, near)?;
+        let memory = arriving.hashes.clone().map(|folder| Memory { folder, seal: seal.clone() });
+        match Arrival::open(private, public.clone(), arriving.layers.clone(), memory).await {
             Err(Trouble::Away(why)) => {
                 tracing::warn!(why, "what is to arrive is not to be had yet");
                 tokio::time::sleep(AWAY).await;
@@ -229,41 +246,6 @@ async fn open_disks(config: &RunConfig, names: &[Name], store: &Arc<FrameStore>)
         disks.push((name.clone(), opened));
     }
     Ok(disks)
-}
-
-/// What the packs of the backup before hold: as remembered, else read back and verified. A pack that is not there, or not
-/// what it was, is not known: what it held is sent again.
-async fn recall(vault: &dyn Vault, packs: &[RunPack], hashes: &Path, seal: &Arc<Seal>) -> Result<KnownBlocks, String> {
-    let mut known = KnownBlocks::new(HashSet::new());
-    let nowhere = "private/data".parse().map_err(|e| format!("{e}"))?;
-    for pack in packs {
-        let path = hashes.join(pack.digest.to_string());
-        let remembered = std::fs::read(&path).ok().and_then(|bytes| PackHashes::decode(&bytes));
-        let from = if remembered.is_some() { pack.size.saturating_sub(TRAILER) } else { 0 };
-        let bytes = match vault.read(&nowhere, &pack.digest, from..pack.size).await {
-            Ok(bytes) => bytes,
-            Err(error @ SourceError::Away(_)) => return Err(format!("cannot compare with the backup before: {error}")),
-            Err(error) => {
-                tracing::warn!(pack = %pack.digest, %error, "a pack of the backup before is not there; its content is sent again");
-                continue;
-            }
-        };
-        let held = match remembered {
-            Some(held) => held,
-            None if Digest::of(&bytes) != pack.digest => {
-                tracing::warn!(pack = %pack.digest, "a pack of the backup before is damaged; its content is sent again");
-                continue;
-            }
-            None => {
-                let read = PackHashes::of_sealed(&bytes, seal);
-                let read = read.map_err(|e| format!("the backup before cannot be read: {e}"))?;
-                remember(hashes, &pack.digest, &read);
-                read
-            }
-        };
-        known.learn(&pack.digest, &held);
-    }
-    Ok(known)
 }
 
 /// What is stored.
@@ -373,14 +355,6 @@ impl PackSink for Sink {
         self.handle.block_on(send).map_err(io::Error::other)?;
         remember(&self.hashes, &pack.digest, &hashes);
         Ok(())
-    }
-}
-
-/// Keeps what is in a pack; this only saves time at the next backup.
-fn remember(folder: &Path, pack: &Digest, hashes: &PackHashes) {
-    let write = || std::fs::write(folder.join(pack.to_string()), hashes.encode());
-    if let Err(error) = std::fs::create_dir_all(folder).and_then(|()| write()) {
-        tracing::warn!(%error, "what is in a pack cannot be remembered; the next backup reads it back");
     }
 }
 

@@ -4,23 +4,29 @@
 //! loads the devices, which come last. What came is durable before the daemon hears that it is all here, and goes on when the
 //! daemon says that it is ours. If the daemon dies before that, so do we: it finds what came in the layers.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use collective_model::Digest;
+use collective_model::kept::{OfferAnswer, OfferHash, OfferHasher};
 use collective_model::run::{Platform, RunResume};
 use collective_model::run_live::{MEMORY, Piece, Receiving, Word};
+use collective_store::BLOCK;
 use collective_volume::{Disk, Layer};
 use tokio::sync::mpsc;
 
+use crate::kept;
 use crate::line::Line;
 use crate::machine::{self, Running};
 use crate::save::{self, Saver};
 use crate::state::{NotStarted, Order, Shared};
 use crate::{Layout, ahead};
 
+/// So many offered blocks are compared at once.
+const COMPARED: usize = 32;
 /// States are far below it, in bytes.
 const MAX_STATE: usize = 512 << 20;
 
@@ -44,6 +50,10 @@ pub(crate) async fn receive(
         tokio::spawn(ahead::fetch(shared.clone(), disks.clone(), None));
         let taken = NotStarted::step("the machine did not arrive");
         let mut line = wait(inbox).await.map_err(NotStarted::step("no machine came"))?;
+        let mut keeps = BTreeMap::new();
+        for part in &receiving.kept {
+            keeps.extend(kept::open(part, &shared.store).await.map(|disk| (part.which, disk)));
+        }
         let mut taker = Taker {
             vm: &vm,
             disks: &disks,
@@ -53,6 +63,9 @@ pub(crate) async fn receive(
             platform: &platform,
             state: Vec::new(),
             stopped: None,
+            keeps,
+            hasher: OfferHasher::of(&receiving.epoch),
+            answer: OfferAnswer::default(),
         };
         let came = taker.take(&mut line, tops).await;
         if let Err(why) = &came {
@@ -124,12 +137,17 @@ struct Taker<'a> {
     state: Vec<u8>,
     /// When it was heard that the guest is being stopped, and how long that was on its way, in microseconds.
     stopped: Option<(Instant, u64)>,
+    /// What is kept here of disks and memory.
+    keeps: BTreeMap<u16, Disk>,
+    hasher: OfferHasher,
+    answer: OfferAnswer,
 }
 
 impl Taker<'_> {
     /// Takes the machine, and lets it go on.
     async fn take(&mut self, line: &mut Line, tops: Vec<Layer>) -> Result<(), String> {
-        line.say(Word::Ready).await.map_err(|e| e.to_string())?;
+        let keeps = self.keeps.keys().copied().collect();
+        line.say(Word::Ready { keeps }).await.map_err(|e| e.to_string())?;
         loop {
             match line.hear().await? {
                 Piece::Content { which, offset, bytes } => {
@@ -140,6 +158,12 @@ impl Taker<'_> {
                 }
                 Piece::State(bytes) if self.state.len() + bytes.len() <= MAX_STATE => self.state.extend(bytes),
                 Piece::State(_) => return Err("its state is too long".into()),
+                Piece::Offer { which, offset, hashes } => self.compare(which, offset, &hashes)?,
+                Piece::Word(Word::Offered) => {
+                    let answer = self.answer.take();
+                    line.send(&Piece::Lacks(answer)).await.map_err(|e| e.to_string())?;
+                }
+                Piece::Lacks(_) => return Err("the other host answered what nobody asked".into()),
                 Piece::Word(Word::Round { number, durable }) => {
                     if durable {
                         self.flush(None).await?;
@@ -149,11 +173,11 @@ impl Taker<'_> {
                 Piece::Word(Word::Stopping { round_trip_us }) => {
                     self.stopped = Some((Instant::now(), round_trip_us / 2));
                 }
-                Piece::Word(Word::Final { state_bytes, bytes, rounds, .. }) => {
+                Piece::Word(Word::Final { state_bytes, bytes, rounds, kept, .. }) => {
                     if self.state.len() as u64 != state_bytes {
                         return Err("its state came cut short".into());
                     }
-                    return self.finish(line, tops, (bytes, rounds)).await;
+                    return self.finish(line, tops, (bytes, rounds, kept)).await;
                 }
                 Piece::Word(Word::Better { .. } | Word::Measured(_)) => return Err("it stays where it is".into()),
                 Piece::Word(word) => return Err(format!("the other host said something out of order: {word:?}")),
@@ -164,6 +188,42 @@ impl Taker<'_> {
     fn disk(&self, which: u16) -> Result<&Arc<Disk>, String> {
         let disk = if which == MEMORY { Some(self.memory) } else { self.disks.get(usize::from(which)) };
         disk.ok_or_else(|| format!("the other host sent content of disk {which}, and there is none"))
+    }
+
+    /// Takes those of the offered blocks that are kept here, and notes which are not.
+    fn compare(&mut self, which: u16, offset: u64, hashes: &[OfferHash]) -> Result<(), String> {
+        let to = self.disk(which)?.clone();
+        for (index, hashes) in (0..).zip(hashes.chunks(COMPARED)) {
+            let offset = offset.saturating_add(index * COMPARED as u64 * BLOCK);
+            let found = self.kept_at(which, offset, hashes.len() * BLOCK as usize);
+            let same = |(block, hash): (&[u8], &OfferHash)| self.hasher.hash(block) == *hash;
+            let mut same: Vec<bool> = found.chunks(BLOCK as usize).zip(hashes).map(same).collect();
+            same.resize(hashes.len(), false);
+            same.iter().for_each(|same| self.answer.push(!same));
+            let mut at = 0;
+            for run in same.chunk_by(|a, b| a == b) {
+                let end = at + run.len() * BLOCK as usize;
+                if run[0] {
+                    let rest = to.size().saturating_sub(offset);
+                    let within = end.min(usize::try_from(rest).unwrap_or(usize::MAX)).max(at);
+                    to.put_received(offset + at as u64, &found[at..within]).map_err(|e| not_kept(&e))?;
+                }
+                at = end;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is kept at a place, filled up to whole blocks; it may be short.
+    fn kept_at(&self, which: u16, offset: u64, length: usize) -> Vec<u8> {
+        let read = self.keeps.get(&which).map_or(Ok(None), |kept| kept.try_read(offset, length));
+        let read = read.unwrap_or_else(|error| {
+            tracing::warn!(%error, "a part of what was kept cannot be read, and is sent again");
+            None
+        });
+        let mut found = read.unwrap_or_default();
+        found.resize(found.len().next_multiple_of(BLOCK as usize), 0);
+        found
     }
 
     /// Makes durable what came, and with it the file of the state.
@@ -183,7 +243,12 @@ impl Taker<'_> {
         Ok(())
     }
 
-    async fn finish(&mut self, line: &mut Line, tops: Vec<Layer>, (bytes, rounds): (u64, u64)) -> Result<(), String> {
+    async fn finish(
+        &mut self,
+        line: &mut Line,
+        tops: Vec<Layer>,
+        (bytes, rounds, kept_bytes): (u64, u64, u64),
+    ) -> Result<(), String> {
         let begun = Instant::now();
         let encoded = std::mem::take(&mut self.state);
         let digest = Digest::of(&encoded);
@@ -201,7 +266,8 @@ impl Taker<'_> {
         let (loaded, kept) = (loaded?, kept?);
         // From here on nothing is in the way of its going on here.
         let memory_bytes = self.memory.own_bytes();
-        line.say(Word::Kept { digest, memory_bytes, bytes, rounds }).await.map_err(|e| e.to_string())?;
+        let all = Word::Kept { digest, memory_bytes, bytes, rounds, kept: kept_bytes };
+        line.say(all).await.map_err(|e| e.to_string())?;
         match line.hear().await? {
             Piece::Word(Word::GoOn) => {}
             other => return Err(format!("the daemon said something else than that it is ours: {other:?}")),

@@ -35,8 +35,8 @@ async fn converse(stream: UnixStream, shared: Arc<Shared>) -> io::Result<()> {
             return Ok(());
         }
         let reply = match serde_json::from_slice(&line) {
-            Ok(Request::Leave { epoch, whole, only_measure }) => {
-                let what = leave::What { epoch, whole, only_measure };
+            Ok(Request::Leave { epoch, whole, only_measure, keep }) => {
+                let what = leave::What { epoch, whole, only_measure, keep };
                 return hand_over(&shared, Line { reader, writer }, |line| Order::Leave { what, line }).await;
             }
             Ok(Request::Arrive) => {

@@ -24,6 +24,9 @@ const MAGIC: &[u8; 4] = b"CLF1";
 /// Use is noted in the file's time at most this often: writing it on every read would cost more than it tells.
 const NOTE_USE_EVERY: Duration = Duration::from_secs(3600);
 
+/// The quickest level of zstd, for what was there in another form.
+const FAST_LEVEL: i32 = 1;
+
 /// What the name of a decoded frame ends in.
 const DECODED: &str = "raw";
 
@@ -159,6 +162,12 @@ impl Cache {
         header[4] = encoding as u8;
         header[8..].copy_from_slice(&length.to_le_bytes());
         write_whole(&path, &[&header, stored])
+    }
+
+    /// Puts the content of a data frame, which must have been verified, quickly.
+    pub(crate) fn keep(&self, digest: &Digest, content: &[u8]) -> io::Result<()> {
+        let stored = self.form.encode(digest, EntryKind::Data, content, FAST_LEVEL)?;
+        self.put(digest, stored.encoding, &stored.bytes, stored.length)
     }
 
     /// Removes a frame, if it is here.

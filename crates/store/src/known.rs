@@ -81,6 +81,24 @@ impl PackHashes {
         Ok(found)
     }
 
+    /// What is known of a private pack to somebody who read some of it: frames, with the names of their blocks, and pages. What
+    /// else is in it is not compared with.
+    pub fn of_parts(frames: Vec<(Digest, Vec<[u8; 32]>)>, pages: Vec<Digest>) -> Self {
+        Self {
+            pages: pages.into_iter().map(|digest| PageHashes { digest, anchors: Vec::new() }).collect(),
+            frames: frames
+                .into_iter()
+                .map(|(digest, blocks)| FrameHashes { digest, blocks, anchors: Vec::new() })
+                .collect(),
+            deltas: Vec::new(),
+        }
+    }
+
+    /// Its frames, and the hashes of their blocks.
+    pub fn frames(&self) -> impl Iterator<Item = (&Digest, &[[u8; 32]])> {
+        self.frames.iter().map(|frame| (&frame.digest, frame.blocks.as_slice()))
+    }
+
     /// For a file: `"CLH3", u32 deltas, u32 pages, u32 frames, deltas x digest, pages x { digest, anchors }, frames x {
     /// digest, anchors, u16 blocks, blocks x hash }`, where anchors are `u8 parts, parts x { u16 count, count x u32 }`, and
     /// the BLAKE3 of all that, because a damaged memory would damage what is published.

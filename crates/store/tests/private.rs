@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use collective_model::{ApplianceName, Digest};
 use collective_store::cache::Cache;
-use collective_store::fetch::{FetchError, FrameStore, Pace};
+use collective_store::fetch::{FetchError, FrameStore, Near, Pace};
 use collective_store::image::{ImageMap, Run};
 use collective_store::pack::{self, Pack};
 use collective_store::publish::{KnownBlocks, PackHashes, PackSink, Publisher, Summary};
@@ -198,6 +198,53 @@ async fn what_a_store_has_not_comes_from_the_one_below() {
         both.page(page).await.unwrap();
     }
     assert!(matches!(both.frame(&Digest([7; 32]), 4096).await, Err(FetchError::Nowhere(_))));
+}
+
+/// Some frames in another form; of a few of them it is wrong.
+struct Kept(HashMap<Digest, Option<Vec<u8>>>);
+
+impl Near for Kept {
+    fn may_have(&self, digest: &Digest) -> bool {
+        self.0.contains_key(digest)
+    }
+    fn prepare(&self) {}
+    fn content(&self, digest: &Digest) -> Option<Vec<u8>> {
+        self.0.get(digest)?.clone()
+    }
+}
+
+#[tokio::test]
+async fn what_is_near_by_is_not_fetched_unless_it_is_wrong() {
+    let (objects, key) = (Arc::new(Objects::default()), seal(1));
+    let (image, packs, _) = store(&objects, &disk(3000, 0), &key, &[]);
+    let [there, here] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let (other, map) = opened(there.path(), &objects, &packs, image, &key).await;
+    let all: Vec<Digest> = map.frames().collect();
+    let stored = other.lack(&all).await.unwrap();
+    let contents: Vec<Vec<u8>> = other.read_all(&all).await.unwrap();
+    let mut kept = HashMap::new();
+    for (index, (digest, content)) in all.iter().zip(&contents).enumerate() {
+        let wrong = [content[1..].to_vec(), vec![7; content.len()], Vec::new()];
+        _ = match index % 8 {
+            0 => None,
+            1 => kept.insert(*digest, None),
+            2 => kept.insert(*digest, Some(wrong[index / 8 % 3].clone())),
+            _ => kept.insert(*digest, Some(content.clone())),
+        };
+    }
+    let (frames, _) = opened(here.path(), &objects, &packs, image, &key).await;
+    let frames = frames.beside(Arc::new(Kept(kept)));
+    let lack = frames.lack(&all).await.unwrap();
+    assert_eq!(lack.bytes + lack.near, stored.bytes);
+    assert_eq!(lack.frames as usize, all.len().div_ceil(8));
+    // One because somebody waits for it, the others ahead.
+    let Run::Frame { digest, length, .. } = map.run_at(0) else { panic!("it is not zeros") };
+    frames.frame(&digest, length).await.unwrap();
+    frames.fetch_ahead(&all, Pace::AHEAD, &|_| {}).await.unwrap();
+    let fetched = frames.moved()[0];
+    assert!((lack.bytes..stored.bytes / 2).contains(&fetched), "{fetched} of {}, {lack:?}", stored.bytes);
+    assert_eq!(frames.read_all(&all).await.unwrap(), contents);
+    assert_eq!(frames.moved()[0], fetched, "all of it is in the cache");
 }
 
 #[tokio::test]

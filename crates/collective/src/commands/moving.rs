@@ -14,7 +14,7 @@ use crate::ui::{Ui, seconds};
 ///
 /// A running machine goes on there with its memory, its disks, its name and its addresses; its published ports are on the new host
 /// then. It is brought over while it runs, and stands still for a moment only; where that would take too long it is suspended for
-/// the move. The old host keeps nothing.
+/// the move. The old host keeps what it had for a week, as cache, so that going back there brings only what has changed.
 ///
 /// Example: collective move n --to laptop
 #[derive(Debug, clap::Args)]
@@ -89,17 +89,27 @@ impl Move {
         if runs && self.cold {
             super::lifecycle::power(client, &self.name, true).await?;
         }
-        ui.data(&result, |ui| ui.line(format!("{} is on host \"{}\" now", self.name, self.to)));
+        ui.data(&result, |ui| {
+            let kept = were_there(result["kept_bytes"].as_u64());
+            ui.line(format!("{} is on host \"{}\" now{kept}", self.name, self.to));
+        });
         Ok(())
     }
+}
+
+/// What did not have to be brought.
+fn were_there(bytes: Option<u64>) -> String {
+    let bytes = bytes.filter(|bytes| *bytes > 0).map(ByteSize);
+    bytes.map_or_else(String::new, |bytes| format!("; {bytes} were there since it was there last"))
 }
 
 fn went_live(name: &Name, to: &Name, result: &Value) -> String {
     match (result["pause_us"].as_u64(), result["bytes"].as_u64()) {
         (Some(pause), Some(bytes)) => format!(
-            "{name} is on host \"{to}\" now; it stood still for {:.1} ms, and {} were brought over while it ran",
+            "{name} is on host \"{to}\" now; it stood still for {:.1} ms, and {} were brought over while it ran{}",
             pause as f64 / 1000.0,
-            ByteSize(bytes)
+            ByteSize(bytes),
+            were_there(result["kept_bytes"].as_u64())
         ),
         _ => format!("{name} is on host \"{to}\" now"),
     }
@@ -134,10 +144,11 @@ impl Move {
         });
         ui.data(&value, |ui| {
             ui.line(format!("{} would move to {}: {how}", self.name, self.to));
-            if let Some(Estimate { bytes, rate, total_ms, .. }) = &estimate {
+            if let Some(Estimate { bytes, rate, total_ms, kept, .. }) = &estimate {
                 let (bytes, rate, total) = (ByteSize(*bytes), ByteSize(*rate), seconds(*total_ms));
+                let kept = were_there(Some(*kept));
                 ui.line(format!(
-                    "  {bytes} at {rate} a second, as measured just now: {total}, and what it writes meanwhile"
+                    "  {bytes} at {rate} a second, as measured just now: {total}, and what it writes meanwhile{kept}"
                 ));
             }
             if let Some(why) = &why_not_live {

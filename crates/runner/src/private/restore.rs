@@ -1,8 +1,9 @@
 //! Private data from the store: disks into layers, at once or while they are read, and files; each from wherever its
 //! frames are.
 
+use std::collections::HashMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,6 +12,8 @@ use collective_model::{Digest, Name};
 use collective_store::BLOCK;
 use collective_store::fetch::{FetchError, FrameStore};
 use collective_store::image::{ImageMap, Run};
+use collective_store::publish::PackHashes;
+use collective_store::seal::Seal;
 use collective_volume::Layer;
 
 use super::{TELL_EVERY, Teller};
@@ -23,6 +26,13 @@ pub(crate) struct Arrival {
     /// All frames: those of the owner, and those of the versions that the instance is made of.
     pub store: Arc<FrameStore>,
     parts: Vec<Part>,
+    memory: Option<Memory>,
+}
+
+/// Where what is in the packs is remembered, so that the next backup need not read them back.
+pub(crate) struct Memory {
+    pub folder: PathBuf,
+    pub seal: Arc<Seal>,
 }
 
 struct Part {
@@ -33,7 +43,12 @@ struct Part {
 
 impl Arrival {
     /// Reads the indexes of `disks`; `private` has the owner's packs.
-    pub async fn open(private: FrameStore, public: Arc<FrameStore>, disks: Vec<RestoreDisk>) -> Result<Self, Trouble> {
+    pub async fn open(
+        private: FrameStore,
+        public: Arc<FrameStore>,
+        disks: Vec<RestoreDisk>,
+        memory: Option<Memory>,
+    ) -> Result<Self, Trouble> {
         let nowhere = "private/data".parse().map_err(|e| Trouble::Lasting(format!("{e}")))?;
         if let Some(disk) = disks.first() {
             private.add_version(&nowhere, &disk.root).await;
@@ -58,7 +73,7 @@ impl Arrival {
         }
         let store = private.above(public).await;
         let store = store.map_err(|e| Trouble::of(&e, format!("its packs cannot be read: {e}")))?;
-        Ok(Self { store: Arc::new(store), parts })
+        Ok(Self { store: Arc::new(store), parts, memory })
     }
 
     /// The image that a layer is made of, whole, with all that is below it.
@@ -86,20 +101,57 @@ impl Arrival {
         for part in &self.parts {
             bytes += write(&self.store, part).await?;
         }
+        if let Some(memory) = &self.memory {
+            self.remember(memory).await;
+        }
         Ok(bytes)
+    }
+
+    /// Remembers what of the packs was read.
+    async fn remember(&self, memory: &Memory) {
+        let frames: HashMap<Digest, u32> = self.parts.iter().flat_map(|part| &part.pieces).filter_map(length).collect();
+        let frames: Vec<(Digest, u32)> = frames.into_iter().collect();
+        let pages: Vec<Digest> = self.parts.iter().flat_map(|part| part.map.pages()).copied().collect();
+        let names: Vec<Digest> = frames.iter().map(|(digest, _)| *digest).collect();
+        let mut packs: HashMap<Digest, (Vec<_>, Vec<Digest>)> = HashMap::new();
+        for ((digest, length), pack) in frames.iter().zip(self.store.packs_of(&names).await) {
+            // Those of the version are in none.
+            let Some(pack) = pack else { continue };
+            let Ok(content) = self.store.frame(digest, *length).await else { continue };
+            packs.entry(pack).or_default().0.push((*digest, memory.seal.block_names(&content)));
+        }
+        for (page, pack) in pages.iter().zip(self.store.packs_of(&pages).await) {
+            pack.into_iter().for_each(|pack| packs.entry(pack).or_default().1.push(*page));
+        }
+        for (pack, (frames, pages)) in packs {
+            super::known::remember(&memory.folder, &pack, &PackHashes::of_parts(frames, pages));
+        }
     }
 }
 
-/// Brings disks and files; with `begin` only what a machine needs to begin with them.
+fn length(piece: &Piece) -> Option<(Digest, u32)> {
+    piece.frame.map(|frame| (frame, piece.length))
+}
+
+/// What is restored.
+pub(super) struct What<'a> {
+    pub disks: Vec<RestoreDisk>,
+    pub files: &'a [RestoreFile],
+    /// Only what a machine needs to begin with them.
+    pub begin: bool,
+    pub memory: Option<Memory>,
+}
+
+/// Brings disks and files.
 pub(super) async fn restore(
     private: FrameStore,
-    public: FrameStore,
-    (disks, files): (Vec<RestoreDisk>, &[RestoreFile]),
-    begin: bool,
+    public: Arc<FrameStore>,
+    what: What<'_>,
     out: &Teller,
 ) -> Result<PrivateNews, Trouble> {
+    let What { disks, files, begin, memory } = what;
     let name = disks.first().ok_or_else(|| Trouble::Lasting("there are no disks in it".into()))?.name.clone();
-    let arrival = Arrival::open(private, Arc::new(public), disks).await?;
+    let arrival = Arrival::open(private, public, disks, memory).await?;
     let store = &arrival.store;
     let gone = |e: &FetchError| not_there(&name, e);
     let mut maps = Vec::new();
@@ -128,9 +180,9 @@ pub(super) async fn restore(
         let written = write_file(store, file, map).await;
         written.map_err(|e| Trouble::Lasting(format!("{} cannot be written: {e}", file.path.display())))?;
     }
-    let missing = store.lack(&layers).await.map_err(|e| gone(&e))?.bytes;
+    let lack = store.lack(&layers).await.map_err(|e| gone(&e))?;
     let [data, index, _] = store.moved();
-    Ok(PrivateNews::Restored { bytes, fetched: data + index, missing })
+    Ok(PrivateNews::Restored { bytes, fetched: data + index, missing: lack.bytes, kept: lack.near })
 }
 
 /// Why private data is not to be had.

@@ -147,6 +147,7 @@ impl FrameStore {
     }
 
     async fn fetch_missing(&self, digests: &[Digest], terms: &Terms<'_>) -> Result<u64, FetchError> {
+        self.bring_near(digests).await?;
         let mut pieces = self.choose(digests).await?;
         let bases = pieces.iter().flat_map(|piece| piece.bases.iter().map(|base| base.frame));
         let bases: Arc<HashSet<Digest>> = Arc::new(bases.collect());

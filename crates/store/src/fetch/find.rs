@@ -43,6 +43,12 @@ impl FrameStore {
         }
     }
 
+    /// The packs that have `digests` in a form that stands for itself, as far as is known.
+    pub async fn packs_of(&self, digests: &[Digest]) -> Vec<Option<Digest>> {
+        let locator = self.locator.lock().await;
+        digests.iter().map(|digest| locator.forms.plain(digest).map(|piece| piece.pack)).collect()
+    }
+
     /// The cheapest piece for each of `digests` that is not in the cache.
     pub(super) async fn choose(&self, digests: &[Digest]) -> Result<Vec<Piece>, FetchError> {
         let missing: Vec<Digest> = digests.iter().filter(|digest| !self.cache.has(digest)).copied().collect();

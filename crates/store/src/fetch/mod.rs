@@ -5,6 +5,7 @@
 
 mod bulk;
 mod find;
+mod near;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,6 +25,7 @@ use crate::{Encoding, FrameError, Source, SourceError, decode_delta, encode};
 use find::Locator;
 
 pub use bulk::{Checked, Pace, Take};
+pub use near::Near;
 
 /// Frames kept in memory (8 MiB).
 const RECENT: usize = 16;
@@ -109,6 +111,8 @@ pub struct Lack {
     pub frames: u64,
     /// Their stored bytes.
     pub bytes: u64,
+    /// Stored bytes of others that are not here as frames, and are near by.
+    pub near: u64,
 }
 
 /// Frames of some versions, wherever they are.
@@ -123,6 +127,7 @@ pub struct FrameStore {
     waiting: Mutex<Option<String>>,
     /// Where all comes from that this one has not.
     below: Option<Below>,
+    near: Option<Arc<dyn Near>>,
     /// Bytes moved.
     pub counters: Counters,
 }
@@ -152,6 +157,7 @@ impl FrameStore {
             counted: Default::default(),
             waiting: Default::default(),
             below: None,
+            near: None,
             counters: Default::default(),
         }
     }
@@ -322,6 +328,12 @@ impl FrameStore {
     }
 
     async fn fetch_one(&self, digest: &Digest, length: Option<u32>) -> Result<Vec<u8>, FetchError> {
+        if self.is_near(digest) {
+            self.bring_near(std::slice::from_ref(digest)).await?;
+            if let Some(cached) = self.cache.get(digest)? {
+                return Ok(cached.content);
+            }
+        }
         let [piece] =
             self.choose(std::slice::from_ref(digest)).await?.try_into().map_err(|_| FetchError::Nowhere(*digest))?;
         let fetched = match self.fetch_piece(&piece, length).await {
@@ -374,8 +386,15 @@ impl FrameStore {
         let mut lack = Lack::default();
         for (store, digests) in self.by_home(digests) {
             let pieces = store.choose(&digests).await?;
-            lack.frames += pieces.len() as u64;
-            lack.bytes += pieces.iter().map(|piece| u64::from(piece.entry.stored)).sum::<u64>();
+            for piece in pieces {
+                let stored = u64::from(piece.entry.stored);
+                if store.is_near(&piece.entry.digest) {
+                    lack.near += stored;
+                } else {
+                    lack.frames += 1;
+                    lack.bytes += stored;
+                }
+            }
         }
         Ok(lack)
     }
