@@ -228,8 +228,13 @@ pub fn end(dir: &Path) -> Option<RunEnd> {
 
 /// Whether the process `pid` is still one with `mark` in its arguments.
 pub fn is_alive(pid: u32, mark: &str) -> bool {
-    let arguments = std::fs::read(PathBuf::from(format!("/proc/{pid}/cmdline"))).unwrap_or_default();
-    String::from_utf8_lossy(&arguments).contains(mark)
+    let process = PathBuf::from(format!("/proc/{pid}"));
+    match std::fs::read(process.join("cmdline")) {
+        // One that is just being started has none yet; but a program, which what has ended and the kernel's own have not.
+        Ok(arguments) if arguments.is_empty() => std::fs::read_link(process.join("exe")).is_ok(),
+        Ok(arguments) => String::from_utf8_lossy(&arguments).contains(mark),
+        Err(_) => false,
+    }
 }
 
 /// Kills the process `pid`, if it is one with `mark` in its arguments, and waits until it is gone.

@@ -79,7 +79,7 @@ impl Reply {
     }
 
     /// Nobody waits for it.
-    fn is_not_owed(mut self) {
+    fn owe_nobody(mut self) {
         self.unique = None;
     }
 
@@ -203,7 +203,7 @@ impl Looking {
             };
             let reply = Reply { device: self.device.clone(), unique: Some(unique) };
             match ask {
-                Ask::Forget => reply.is_not_owed(),
+                Ask::Forget => reply.owe_nobody(),
                 Ask::Init { max_readahead, offered } => {
                     reply.data(&wire::init(max_readahead, offered, serve.wants_backing()));
                 }
