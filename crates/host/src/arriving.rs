@@ -29,6 +29,13 @@ const ASK_EVERY: Duration = Duration::from_millis(200);
 #[error("a part of it is in the store only, and the plane gives no key for that: {0}")]
 pub(crate) struct NoKey(ClientError);
 
+impl NoKey {
+    /// Whether asking again later may help.
+    pub fn is_away(&self) -> bool {
+        self.0.is_away()
+    }
+}
+
 impl From<NoKey> for String {
     fn from(error: NoKey) -> Self {
         error.to_string()
@@ -49,8 +56,8 @@ impl Instance {
     /// Whether it cannot be started until the plane is back, which has the key for what is arriving. Then that is noted.
     pub(crate) async fn awaits_key(&mut self) -> bool {
         match self.arrival_key().await {
-            Err(NoKey(error)) if error.is_away() => {
-                self.record.last_error = Some(NoKey(error).to_string());
+            Err(error) if error.is_away() => {
+                self.record.last_error = Some(error.to_string());
                 self.save_or_log();
                 true
             }

@@ -9,6 +9,7 @@ use collective_api::{Client, ClientError, HostFacts, HostOrders, HostReport, Tun
 use collective_model::{InstanceId, OperationId, Spec, TunnelId};
 use collective_store::cache::Cache;
 use collective_store::image::ImageMap;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::mpsc;
 
 use crate::HostConfig;
@@ -19,6 +20,8 @@ use crate::left;
 use crate::record::{Record, Visiting};
 use crate::tunnel::{self, Place};
 
+/// Enough for thousands of machines.
+const MOST_DESCRIPTORS: u64 = 65_536;
 /// A report goes out at least this often, so that the plane knows that the host is there.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 /// How long one request for orders may wait at the plane.
@@ -62,6 +65,7 @@ pub async fn run(config: HostConfig, client: Arc<Client>) -> Result<(), HostErro
     for (name, mode) in [("", 0o711), ("run", 0o711), ("instances", 0o700), ("cache", 0o700)] {
         create_folder(&data.join(name), mode).map_err(folder)?;
     }
+    allow_descriptors();
     let lock_file = std::fs::File::create(data.join("lock")).map_err(folder)?;
     lock_file.try_lock().map_err(|_| HostError::InUse(data.clone()))?;
     let cache = Cache::open(&data.join("cache")).map_err(folder)?;
@@ -260,6 +264,17 @@ async fn report(context: &Context, client: &Client) {
         }
         // Changes come in bursts; users do not see the difference.
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Five are open for each machine that runs, and systems give a program 1024 unless it asks for more.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Some(limit.maximum.unwrap_or(MOST_DESCRIPTORS).min(MOST_DESCRIPTORS));
+    if limit.current.is_some_and(|current| Some(current) < wanted)
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum: limit.maximum })
+    {
+        tracing::warn!(%error, "this host cannot have as many files open as many machines need");
     }
 }
 

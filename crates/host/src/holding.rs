@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use collective_keys::OwnerKey;
 use collective_model::run::{Phase, Request, RunConfig, RunResume, RunStatus};
 use collective_model::run_lifeline::{Orphan, Part};
 use collective_model::{Digest, State};
@@ -20,6 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
+use crate::arriving::NoKey;
 use crate::files::{read_json, write_json};
 use crate::instance::Instance;
 use crate::link::{self, Parts};
@@ -75,6 +77,24 @@ impl Holding {
             }
         }
         self.held.iter_mut().for_each(|held| held.line = None);
+    }
+
+    /// Whether the runner is certainly dead, with all its threads.
+    fn is_over(&mut self) -> bool {
+        let Some(held) = self.held.as_mut() else { return true };
+        let over = held.line.as_ref().is_none_or(|line| match line.try_read(&mut [0]) {
+            Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
+            Ok(_) => true,
+        });
+        if over {
+            held.line = None;
+        }
+        over
+    }
+
+    /// Whether another runner is taking over.
+    pub fn is_between(&self) -> bool {
+        self.since.is_some()
     }
 
     /// How long to wait before the runner is asked again.
@@ -141,6 +161,10 @@ impl Instance {
             return false;
         }
         self.holding.since.get_or_insert_with(Instant::now);
+        if !self.holding.is_over() {
+            // Two must not serve the same disks.
+            return true;
+        }
         if self.holding.again.is_some_and(|again| again > Instant::now()) {
             return true;
         }
@@ -149,14 +173,17 @@ impl Instance {
             tracing::error!(instance = %self.record.spec.name, "its runners die again and again");
             return false;
         }
-        if self.awaits_key().await {
-            // The guest has what is here meanwhile, and waits for what is not.
-            self.holding.again = Some(Instant::now() + ASK_AGAIN);
-            return true;
-        }
+        let key = match self.arrival_key().await {
+            Err(error) if error.is_away() => {
+                // The guest has what is here meanwhile, and waits for what is not.
+                self.holding.again = Some(Instant::now() + ASK_AGAIN);
+                return true;
+            }
+            asked => asked,
+        };
         self.holding.again = None;
         self.holding.deaths.push_back(Instant::now());
-        match self.start_heir().await {
+        match self.start_heir(key).await {
             Ok(()) => true,
             Err(why) => {
                 tracing::error!(why, instance = %self.record.spec.name, "no other runner takes over");
@@ -165,14 +192,14 @@ impl Instance {
         }
     }
 
-    async fn start_heir(&mut self) -> Result<(), String> {
+    async fn start_heir(&mut self, key: Result<Option<OwnerKey>, NoKey>) -> Result<(), String> {
         if self.record.merge.as_ref().is_some_and(|merge| merge.live) {
             // What the dead one merged is merged anew.
             self.end_merge();
         }
         let Some(Held { parts, status, .. }) = &self.holding.held else { return Err("nothing is held of it".into()) };
         let config = self.config_for_heir(status)?;
-        let key = self.arrival_key().await?;
+        let key = key?;
         write_json(&self.run_dir.join("run.json"), &config).map_err(|e| format!("cannot write run.json: {e}"))?;
         let started = link::spawn_heir(&self.context.config.runner, &self.run_dir, parts, key).await;
         let pid = started.map_err(|e| format!("cannot start another runner: {e}"))?;
@@ -217,8 +244,11 @@ impl Instance {
         Ok(config)
     }
 
-    /// Makes sure that there is no QEMU of this instance any more.
+    /// Makes sure that there is neither a runner nor a QEMU of this instance any more.
     pub(crate) async fn end_machine(&mut self) {
+        if let Some(pid) = self.record.runner_pid.take() {
+            link::kill(pid, &self.run_dir.to_string_lossy()).await;
+        }
         // One that waits for an answer cannot die before nobody can give it.
         self.holding.let_go();
         if let Some(pid) = self.record.qemu_pid.take() {

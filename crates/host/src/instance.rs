@@ -378,8 +378,14 @@ impl Instance {
             self.trigger(Trigger::Stop);
         }
         self.publish();
-        let asked = link::ask(&self.run_dir, &Request::Stop { limit_ms: limit.as_millis() as u64 }).await;
         let patience = Instant::now() + limit + Duration::from_secs(15);
+        let order = Request::Stop { limit_ms: limit.as_millis() as u64 };
+        let mut asked = link::ask(&self.run_dir, &order).await;
+        // A runner that takes over from one that died does not answer yet.
+        while asked.is_err() && self.holding.is_between() && Instant::now() < patience {
+            sleep(Duration::from_millis(50)).await;
+            asked = link::ask(&self.run_dir, &order).await;
+        }
         while asked.is_ok() && self.record.runner_pid.is_some() && Instant::now() < patience {
             self.observe().await;
             self.publish();

@@ -10,6 +10,7 @@
 //! ```
 //! Only the plane knows whose it is. While it is away, a guest that was sent stands still: it may run elsewhere.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use collective_api::{PrivateGrant, StayAnswer, StayRequest, Tunnel};
 use collective_model::run::{Leave, Platform, Request, RunConfig, RunImage};
 use collective_model::run_live::{MAX_PIECE, Piece, Word};
 use collective_model::{Digest, Generation, OperationId, OperationState, State, VersionName};
+use collective_store::seal::Seal;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
@@ -26,7 +28,7 @@ use tokio::time::{sleep, timeout};
 use crate::instance::Instance;
 use crate::link;
 use crate::record::{DiskRecord, layer_path};
-use crate::sealed::{MOST, Receiver, Sender, Side, seal_of};
+use crate::sealed::{MOST, Receiver, Sender, Side};
 
 /// The other host has said nothing for so long: it is given up.
 const SILENCE: Duration = Duration::from_secs(180);
@@ -112,7 +114,7 @@ impl Instance {
         let cpu = self.status.as_ref().and_then(|status| status.processor.clone()).unwrap_or_else(|| here.cpu.clone());
         let platform = Platform { cpu, portable: Vec::new(), ..here };
         let PrivateGrant { key, .. } = self.grant(id).await?;
-        let seal = seal_of(key)?;
+        let seal = Arc::new(Seal::new(key.bytes()));
         let path = format!("/v1/hosts/self/operations/{id}/tunnel");
         let tunnel = self.context.client.tunnel(&path, &()).await.map_err(|e| e.to_string())?;
         let (from, to) = tokio::io::split(tunnel);

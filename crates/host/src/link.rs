@@ -22,6 +22,9 @@ use zeroize::Zeroizing;
 /// A runner answers within this time, or is taken for hung; it never waits for the network to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
+/// ESRCH: it ended while its file was being read.
+const NO_SUCH_PROCESS: i32 = rustix::io::Errno::SRCH.raw_os_error();
+
 /// Why a runner did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
@@ -233,7 +236,8 @@ pub fn is_alive(pid: u32, mark: &str) -> bool {
         // One that is just being started has none yet; but a program, which what has ended and the kernel's own have not.
         Ok(arguments) if arguments.is_empty() => std::fs::read_link(process.join("exe")).is_ok(),
         Ok(arguments) => String::from_utf8_lossy(&arguments).contains(mark),
-        Err(_) => false,
+        // That it cannot be read for want of something says nothing of it.
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound && error.raw_os_error() != Some(NO_SUCH_PROCESS),
     }
 }
 

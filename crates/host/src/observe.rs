@@ -73,9 +73,11 @@ impl Instance {
     }
 
     /// The runner is gone.
-    async fn ended(&mut self, end: RunEnd) {
+    async fn ended(&mut self, mut end: RunEnd) {
+        if self.holding.is_between() && end.kind == EndKind::NotStarted {
+            end = RunEnd { kind: EndKind::Crashed, message: format!("its runner died, and {}", end.message), ..end };
+        }
         self.end_machine().await;
-        self.record.runner_pid = None;
         self.status = None;
         self.record.last_stop = Some(end.message.clone());
         let state = self.record.state;

@@ -9,12 +9,10 @@
 
 use std::sync::Arc;
 
-use collective_keys::OwnerKey;
 use collective_model::{Digest, OperationId};
 use collective_store::pack::EntryKind;
 use collective_store::seal::{MAX_SEALED_BYTES, Seal};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use zeroize::Zeroizing;
 
 /// The quickest level of zstd: somebody waits.
 const LEVEL: i32 = 1;
@@ -28,17 +26,6 @@ pub(crate) enum Side {
     Source = 0,
     /// The host that gets it.
     Target = 1,
-}
-
-/// The keys for such a stream.
-pub(crate) fn seal_of(key: OwnerKey) -> Result<Arc<Seal>, String> {
-    let digits = Zeroizing::new(String::from(key));
-    let mut bytes = Zeroizing::new([0; 32]);
-    let digit = |at: usize| u8::from_str_radix(digits.get(2 * at..2 * at + 2).unwrap_or_default(), 16);
-    for (at, byte) in bytes.iter_mut().enumerate() {
-        *byte = digit(at).map_err(|_| "the plane gave a key that cannot be read")?;
-    }
-    Ok(Arc::new(Seal::new(&bytes)))
 }
 
 struct Count {

@@ -293,7 +293,8 @@ impl Instance {
             tracing::error!(instance = %self.record.spec.name, "it ran here while another host owns it; it is ended");
         }
         self.clear_leftovers().await;
-        let removed = self.leave_behind(memory).and_then(|()| std::fs::remove_dir_all(&self.run_dir));
+        // First: the seed disk has secrets, and nobody would look there again.
+        let removed = std::fs::remove_dir_all(&self.run_dir).and_then(|()| self.leave_behind(memory));
         if let Err(error) = removed {
             tracing::warn!(%error, "what is left of an instance that moved away cannot be removed");
         }

@@ -10,6 +10,7 @@
 //! Whoever dies before the point of no return, it stays where it was, and what came is thrown away. After it, it goes on here:
 //! at once, or from its layers when this daemon is back. A daemon that does not know asks the plane again.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use collective_api::{ClientError, PrivateGrant, Tunnel};
 use collective_model::run::Request;
 use collective_model::run_live::{Piece, Receiving, Word};
 use collective_model::{ByteSize, CheckpointMachine, OperationId, OperationState, Spec, State, Timestamp};
+use collective_store::seal::Seal;
 use serde_json::{Value, json};
 use tokio::io::{AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -27,7 +29,7 @@ use crate::instance::Instance;
 use crate::leaving::{Hello, next_piece, words_in};
 use crate::link;
 use crate::record::{DiskRecord, MachineRecord, Record, SuspendedRecord, Visiting, layer_path, state_path};
-use crate::sealed::{Receiver, Sender, Side, seal_of};
+use crate::sealed::{Receiver, Sender, Side};
 use crate::travel::{SSH_KEY, UEFI_VARS};
 use crate::tunnel::Dial;
 
@@ -88,7 +90,7 @@ impl Instance {
 
     async fn try_visit(&mut self, operation: &OperationId, dial: Dial) -> Result<(), String> {
         let granted = self.grant(operation).await;
-        let seal = match granted.and_then(|PrivateGrant { key, .. }| seal_of(key)) {
+        let seal = match granted.map(|PrivateGrant { key, .. }| Arc::new(Seal::new(key.bytes()))) {
             Ok(seal) => seal,
             Err(why) => {
                 dial.refuse(why.clone()).await;

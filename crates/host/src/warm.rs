@@ -9,14 +9,16 @@ use std::path::Path;
 
 use collective_model::run::{Platform, RunImage};
 use collective_model::{CheckpointMachine, Digest, Manifest, Spec, State, Timestamp, Warm, WarmFile, WarmImage};
-use collective_store::BLOCK;
 use collective_store::fetch::FrameStore;
-use collective_store::image::{ImageMap, Run};
+use collective_store::image::ImageMap;
 use serde_json::{Value, json};
 
 use crate::files::{create_folder, replace, write_json};
 use crate::instance::Instance;
 use crate::record::{MachineRecord, SuspendedRecord, state_path};
+
+/// Files that come with a version are far below it, in bytes.
+const MAX_FILE: u64 = 1 << 30;
 
 /// Why a version's machine does not go on.
 enum Booted {
@@ -128,23 +130,15 @@ fn suits(warm: &Warm, manifest: &Manifest, spec: &Spec, here: Option<&Platform>)
 /// Writes a file that came with a version, if it is that; durable when it returns.
 async fn bring_file(frames: &FrameStore, file: &WarmFile, path: &Path) -> Result<(), String> {
     let map = ImageMap::load(frames, file.image).await.map_err(|e| e.to_string())?;
-    let mut content = Vec::new();
-    let mut block = 0;
-    while block < map.blocks() && (content.len() as u64) < file.size {
-        let run = map.run_at(block);
-        let (Run::Zeros(blocks) | Run::Frame { blocks, .. }) = run;
-        // Damaged indexes are refused when they are read, so that this ends.
-        let length = (blocks * BLOCK).min(file.size - content.len() as u64) as usize;
-        match run {
-            Run::Zeros(_) => content.resize(content.len() + length, 0),
-            Run::Frame { digest, length: frame, offset, .. } => {
-                let decoded = frames.frame(&digest, frame).await.map_err(|e| e.to_string())?;
-                let from = usize::from(offset) * BLOCK as usize;
-                content.extend(decoded.get(from..from + length).ok_or("its index points beyond a frame")?);
-            }
-        }
-        block += blocks;
+    if file.size > map.size || map.size > MAX_FILE {
+        return Err("it has another size than the version says".into());
     }
+    let mut content = vec![0; file.size as usize];
+    let put = |at: u64, part: &[u8]| {
+        content[at as usize..][..part.len()].copy_from_slice(part);
+        Ok(())
+    };
+    map.read_into(frames, file.size, put).await.map_err(|e| e.to_string())?;
     if content.len() as u64 != file.size || Digest::of(&content) != file.digest {
         return Err("it is not what the version says".into());
     }

@@ -15,6 +15,7 @@ mod lifecycle;
 pub mod live;
 mod manifest;
 mod names;
+mod operation;
 mod platform;
 mod recipe;
 pub mod run;
@@ -31,8 +32,8 @@ pub use digest::{Digest, ParseDigestError};
 pub use health::{HealthCheck, HealthState, HttpProbe};
 pub use images::StoredImage;
 pub use instance::{
-    BackupId, Checkpoint, CheckpointId, CheckpointMachine, Generation, InstanceId, Observed, ObservedDisk, Operation,
-    OperationId, OperationKind, OperationState, Origin, PublishedPort, Spec, TunnelId,
+    BackupId, Checkpoint, CheckpointId, CheckpointMachine, Generation, InstanceId, Observed, ObservedDisk, OperationId,
+    Origin, PublishedPort, Spec, TunnelId,
 };
 pub use lifecycle::{State, Trigger};
 pub use manifest::{
@@ -40,6 +41,7 @@ pub use manifest::{
     Port, Protocol, Setting, SettingType, Ssh, SystemWrites,
 };
 pub use names::{ApplianceName, Name, ParseNameError, Reference, Selector, VersionName};
+pub use operation::{Operation, OperationKind, OperationState};
 pub use recipe::{BuildRecipe, Recipe, RecipeDisk, RecipeError, RecipeHardware};
 pub use units::{ByteSize, ParseUnitError, Span, Timestamp};
 pub use update::{UpdateDecision, UpdateFacts, decide_update};

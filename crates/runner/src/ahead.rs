@@ -160,6 +160,8 @@ async fn settle(shared: &Shared, arrival: &Arrival) {
         match written.and_then(|bytes| go_on_with_layers(shared, arrival).map(|()| bytes)) {
             Ok(bytes) => {
                 tracing::info!(bytes, "all has arrived");
+                // What this host kept is removed now, and its space is free only when nobody has it open.
+                arrival.store.leave_near();
                 let mut status = shared.status();
                 status.waiting = None;
                 if let Some(arrival) = status.arrival.as_mut() {

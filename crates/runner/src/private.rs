@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use collective_keys::OwnerKey;
 use collective_model::run::{Arriving, RunConfig, RunImage};
 use collective_model::run_private::{
     PrivateNews, PrivateOrder, RunPack, StoredDisk, StoredFile, StoredMemory, WholeOrder,
@@ -80,16 +81,8 @@ fn broken(error: &dyn std::fmt::Display) -> String {
 pub(crate) fn read_key(from: &mut impl BufRead) -> Result<Arc<Seal>, String> {
     let mut line = Zeroizing::new(String::with_capacity(128));
     from.take(MAX_KEY).read_line(&mut line).map_err(|e| broken(&e))?;
-    let digits = line.trim();
-    let mut key = Zeroizing::new([0; 32]);
-    if digits.len() != 64 || !digits.is_ascii() {
-        return Err(broken(&"it begins with no key"));
-    }
-    for (index, byte) in key.iter_mut().enumerate() {
-        let pair = &digits[2 * index..2 * index + 2];
-        *byte = u8::from_str_radix(pair, 16).map_err(|_| broken(&"it begins with no key"))?;
-    }
-    Ok(Arc::new(Seal::new(&key)))
+    let key = OwnerKey::try_from(line.trim().to_owned()).map_err(|_| broken(&"it begins with no key"))?;
+    Ok(Arc::new(Seal::new(key.bytes())))
 }
 
 /// Ends this process when the daemon does, whose order comes again: two must not work on the same instance.

@@ -1,6 +1,7 @@
 //! An image's index, read into memory: which frame holds which block.
 
 use std::collections::HashMap;
+use std::io;
 
 use collective_model::Digest;
 
@@ -102,6 +103,28 @@ impl ImageMap {
             offset: extent.offset,
             frame: frame_ids[usize::from(extent.frame)],
         }));
+        Ok(())
+    }
+
+    /// Gives the first `size` bytes of what it is of to `put`, in order and in parts with their offsets, but for zeros.
+    pub async fn read_into(
+        &self,
+        store: &FrameStore,
+        size: u64,
+        mut put: impl FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> Result<(), FetchError> {
+        let mut block = 0;
+        while block < self.blocks() && block * BLOCK < size {
+            let run = self.run_at(block);
+            let (Run::Zeros(blocks) | Run::Frame { blocks, .. }) = run;
+            if let Run::Frame { digest, length, offset, .. } = run {
+                let frame = store.frame(&digest, length).await?;
+                let from = usize::from(offset) * BLOCK as usize;
+                let part = frame.get(from..from + (blocks * BLOCK).min(size - block * BLOCK) as usize);
+                put(block * BLOCK, part.ok_or_else(|| io::Error::other("its index points beyond a frame"))?)?;
+            }
+            block += blocks;
+        }
         Ok(())
     }
 

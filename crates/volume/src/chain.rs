@@ -14,6 +14,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use collective_store::BLOCK;
 
 use crate::disk::MAX_LAYERS;
+use crate::held;
 use crate::layer::Layer;
 
 /// Nothing has slot 0: what no layer holds is the image's.
@@ -115,8 +116,20 @@ impl Chain {
     /// anything, or an empty one above it.
     pub fn is_known(&self) -> bool {
         let layers: Vec<Arc<Layer>> = self.table().in_order().cloned().collect();
+        if layers.iter().any(|layer| layer.is_void()) {
+            return false;
+        }
         let mut newest = layers.iter().rev();
         newest.find(|layer| layer.was_noted() || !layer.held().is_empty()).is_some_and(|layer| layer.was_noted())
+    }
+
+    /// Forgets that it is not known what layers held: what they show now is what they are.
+    pub fn forget_void(&self) {
+        let top = self.top_layer();
+        let is_top = |layer: &Arc<Layer>| top.as_ref().is_some_and(|top| Arc::ptr_eq(top, layer));
+        let table = self.table();
+        let void = table.in_order().filter(|layer| layer.is_void() && !is_top(layer));
+        void.for_each(|layer| held::forget(layer.path()));
     }
 
     /// The layer that takes the writes.

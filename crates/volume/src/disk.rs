@@ -86,6 +86,17 @@ impl Disk {
         store: Arc<FrameStore>,
         layers: &[PathBuf],
     ) -> Result<Self, DiskError> {
+        let disk = Self::open_layers(size, image, store, layers)?;
+        disk.chain.forget_void();
+        Ok(disk)
+    }
+
+    fn open_layers(
+        size: u64,
+        image: Option<Arc<ImageMap>>,
+        store: Arc<FrameStore>,
+        layers: &[PathBuf],
+    ) -> Result<Self, DiskError> {
         if layers.is_empty() || layers.len() > MAX_LAYERS {
             return Err(DiskError::Layers(layers.len()));
         }
@@ -106,7 +117,7 @@ impl Disk {
         store: Arc<FrameStore>,
         layers: &[PathBuf],
     ) -> Result<Self, DiskError> {
-        let disk = Self::open(size, image, store, layers)?;
+        let disk = Self::open_layers(size, image, store, layers)?;
         if disk.chain.is_known() { Ok(disk) } else { Err(DiskError::NotNoted) }
     }
 

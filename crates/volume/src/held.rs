@@ -74,16 +74,31 @@ impl Held {
     }
 }
 
-/// The bits in a file that is of this boot and for a layer of `size` bytes.
-pub(crate) fn read(file: &dyn Backing, size: u64, now: &Boot) -> io::Result<Option<Vec<u8>>> {
+/// What a file says.
+#[derive(Debug)]
+pub(crate) enum Noted {
+    /// Nothing that counts: it is of another boot, or for something else.
+    Nothing,
+    /// A flush had failed.
+    Void,
+    /// The bits.
+    Bits(Vec<u8>),
+}
+
+/// What a file says of a layer of `size` bytes.
+pub(crate) fn read(file: &dyn Backing, size: u64, now: &Boot) -> io::Result<Noted> {
     let mut found = [0; HEADER];
     let ours = if keeps(Rule::NotesAreOfThisBoot) { HEADER } else { 16 };
-    if read_full(file, &mut found, 0)? < HEADER || found[..ours] != header(size, now)[..ours] {
-        return Ok(None);
+    let there = read_full(file, &mut found, 0)?;
+    if there == HEADER && found == [0; HEADER] {
+        return Ok(Noted::Void);
+    }
+    if there < HEADER || found[..ours] != header(size, now)[..ours] {
+        return Ok(Noted::Nothing);
     }
     let mut bits = vec![0; map::bits_length(size)];
     read_full(file, &mut bits, START)?;
-    Ok(Some(bits))
+    Ok(Noted::Bits(bits))
 }
 
 /// The file for the layer at `data`, if there is one.

@@ -20,12 +20,13 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use collective_store::BLOCK;
 
 use crate::backing::{Backing, read_full};
-use crate::held::{self, Boot, Held};
+use crate::held::{self, Boot, Held, Noted};
 use crate::log::{self, Blocks, Record, SLOT, SLOTS};
 use crate::make::{grow, make, map_path};
 use crate::map::{self, Bits};
@@ -70,7 +71,9 @@ pub struct Layer {
     /// One flush at a time. Taken before `fixed`, and that before `bits`.
     flushing: Mutex<Flushing>,
     held: Option<Held>,
-    was_noted: bool,
+    noted: Noted,
+    /// There are no notes of it any more.
+    forgotten: AtomicBool,
 }
 
 /// The files of a layer.
@@ -168,9 +171,10 @@ impl Layer {
             false => Replay::default(),
         };
         let noted = held.map(|(file, boot)| held::read(file.as_ref(), found.size, &boot)).transpose().map_err(error)?;
-        let noted = noted.flatten();
+        let noted = noted.unwrap_or(Noted::Nothing);
         let blocks = found.size.div_ceil(BLOCK);
-        let held = noted.iter().flat_map(|noted| map::runs(noted).flatten()).take_while(|block| *block < blocks);
+        let known: &[u8] = if let Noted::Bits(known) = &noted { known } else { &[] };
+        let held = map::runs(known).flatten().take_while(|block| *block < blocks);
         let more = held.filter(|block| bits.set(*block)).count();
         if writable || more > 0 {
             settle(data.as_ref(), map.as_ref(), &replayed, &mut bits).map_err(error)?;
@@ -182,7 +186,19 @@ impl Layer {
         let made_for = if writable { size } else { found.size };
         let flushing = Mutex::new(Flushing { lost: false, number: replayed.next, room: SLOTS });
         let (path, fixed, bits) = (path.to_owned(), RwLock::default(), Mutex::new(bits));
-        Ok(Self { path, data, map, size, made_for, fixed, bits, flushing, held: None, was_noted: noted.is_some() })
+        Ok(Self {
+            path,
+            data,
+            map,
+            size,
+            made_for,
+            fixed,
+            bits,
+            flushing,
+            held: None,
+            noted,
+            forgotten: AtomicBool::new(false),
+        })
     }
 
     /// Notes from here on what it holds, for whoever takes over from this process. All of it is in the map now.
@@ -202,12 +218,17 @@ impl Layer {
 
     /// Whether it was noted, since the host was booted, what the layer held when it was opened.
     pub(crate) fn was_noted(&self) -> bool {
-        self.was_noted
+        matches!(self.noted, Noted::Bits(_))
+    }
+
+    /// Whether what it held is not known any more, because a flush had failed.
+    pub(crate) fn is_void(&self) -> bool {
+        matches!(self.noted, Noted::Void)
     }
 
     /// It takes no writes any more, and everything was flushed.
     pub(crate) fn forget_held(&self) {
-        if self.held.is_some() {
+        if self.held.is_some() && !self.forgotten.swap(true, Ordering::Relaxed) {
             held::forget(&self.path);
         }
     }

@@ -111,6 +111,26 @@ fn a_checkpoint_that_was_not_made_durable_is_taken_over_whole() {
 }
 
 #[test]
+fn nobody_goes_on_over_a_layer_of_which_a_flush_had_failed() {
+    let place = Place::new();
+    let disk = place.open(1);
+    write(&disk, 3, 1);
+    disk.freeze(place.new_layer(1)).unwrap();
+    write(&disk, 4, 1);
+    drop(disk);
+    // As a flush that fails leaves it, whatever came above it since.
+    let notes = OpenOptions::new().write(true).open(place.layer(0).with_extension("held")).unwrap();
+    notes.write_all_at(&[0; 64], 0).unwrap();
+    assert!(matches!(place.take_over(2), Err(DiskError::NotNoted)));
+    // Opened after a power cut it is what it shows, and may be taken over from then on.
+    let disk = place.open(2);
+    write(&disk, 5, 1);
+    let before = content(&disk);
+    drop(disk);
+    assert_eq!(content(&place.take_over(2).unwrap()), before);
+}
+
+#[test]
 fn a_layer_that_took_writes_and_has_no_notes_is_not_believed() {
     let place = Place::new();
     let disk = place.open(1);

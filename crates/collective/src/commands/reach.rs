@@ -227,8 +227,11 @@ async fn await_server(client: &Client, name: &Name, port: u16) -> Result<Option<
         let answers = tokio::time::timeout(GREETING_LIMIT, greets(client, name, port)).await.unwrap_or(false);
         let view = super::instance(client, name).await?;
         let comes_up = view.spec.on
-            && view.observed.as_ref().is_none_or(|seen| {
-                matches!(seen.state, State::Starting | State::Resuming) || seen.health == HealthState::Waiting
+            && view.observed.as_ref().is_none_or(|seen| match seen.state {
+                State::Starting | State::Resuming => true,
+                // Its host has not come to it.
+                State::Stopped => seen.last_stop.is_none() || seen.power_serial < view.spec.power_serial,
+                _ => seen.health == HealthState::Waiting,
             });
         if answers || !comes_up || begun.elapsed() > BOOT_LIMIT {
             return Ok(view.observed.and_then(|seen| seen.ssh_host_key));

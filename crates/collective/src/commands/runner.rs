@@ -40,6 +40,12 @@ impl Runner {
             let done = collective_runner::merge(std::io::stdin(), std::io::stdout());
             return Ok(if done { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
+        // A fault of ours is a death like any other, which the guest survives; what is left half done would be none.
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |fault| {
+            usual(fault);
+            std::process::abort();
+        }));
         let end = collective_runner::run(&self.directory, &open_source, &open_vault, std::io::stdin()).await;
         let fine = !matches!(end.kind, EndKind::NotStarted | EndKind::Crashed);
         Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })

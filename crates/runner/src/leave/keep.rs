@@ -19,6 +19,8 @@ use crate::save::{Saver, runs};
 const LIMIT: Duration = Duration::from_secs(5);
 /// Memory is copied in pieces of so many bytes.
 const STEP: u64 = 4 << 20;
+/// So much of the disk stays free, in bytes, for those who are here.
+const LEFT_FREE: u64 = 1 << 30;
 /// After so many bytes they are made durable, so that the end does not take long.
 const DURABLE: u64 = 64 << 20;
 
@@ -35,6 +37,11 @@ pub(super) async fn keep(
         other => return Err(format!("the daemon said something else than that it has gone: {other:?}")),
     }
     let (memory, _) = saver.lend(vm).await?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let space = rustix::fs::statvfs(folder).map(|found| found.f_bavail * found.f_frsize);
+    if space.is_ok_and(|space| space < memory.size() + LEFT_FREE) {
+        return Err("the disk has no room for it".into());
+    }
     let layer = Layer::create(path, memory.size()).and_then(|()| Layer::open(path, memory.size(), true));
     let layer = layer.map_err(|e| e.to_string())?;
     let bytes = copy(memory, &layer).map_err(|e| format!("it cannot be written: {e}"))?;

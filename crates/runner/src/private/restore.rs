@@ -296,13 +296,7 @@ async fn write_file(store: &FrameStore, file: &RestoreFile, map: &ImageMap) -> R
     let mut options = std::fs::File::options();
     let out = options.write(true).create(true).truncate(true).mode(0o600).open(&file.path).map_err(io)?;
     out.set_len(file.size).map_err(io)?;
-    for Piece { first, blocks, frame, length, offset } in pieces(map, None) {
-        let Some(frame) = frame else { continue };
-        let content = store.frame(&frame, length).await.map_err(|e| e.to_string())?;
-        let from = usize::from(offset) * BLOCK as usize;
-        let end = (blocks * BLOCK).min(file.size.saturating_sub(first * BLOCK)) as usize;
-        let part = content.get(from..from + end).ok_or("its index points beyond a frame")?;
-        out.write_all_at(part, first * BLOCK).map_err(io)?;
-    }
+    let written = map.read_into(store, file.size, |at, part| out.write_all_at(part, at)).await;
+    written.map_err(|e| e.to_string())?;
     out.sync_all().map_err(io)
 }

@@ -127,7 +127,7 @@ pub struct FrameStore {
     waiting: Mutex<Option<String>>,
     /// Where all comes from that this one has not.
     below: Option<Below>,
-    near: Option<Arc<dyn Near>>,
+    near: Mutex<Option<Arc<dyn Near>>>,
     /// Bytes moved.
     pub counters: Counters,
 }
@@ -157,7 +157,7 @@ impl FrameStore {
             counted: Default::default(),
             waiting: Default::default(),
             below: None,
-            near: None,
+            near: Default::default(),
             counters: Default::default(),
         }
     }

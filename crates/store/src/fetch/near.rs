@@ -1,11 +1,11 @@
 //! Content that this host has in some other form than as frames: it is looked for there before the store is asked.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use collective_model::Digest;
 use rayon::prelude::*;
 
-use super::FrameStore;
+use super::{FrameStore, lock};
 use crate::cache::Cache;
 
 /// Another form of what is in the store.
@@ -21,19 +21,25 @@ pub trait Near: Send + Sync {
 impl FrameStore {
     /// Looks near by before it fetches.
     pub fn beside(self, near: Arc<dyn Near>) -> Self {
-        Self { near: Some(near), ..self }
+        Self { near: Mutex::new(Some(near)), ..self }
+    }
+
+    /// Looks there no more, and lets go of it.
+    pub fn leave_near(&self) {
+        lock(&self.near).take();
     }
 
     /// Whether a frame may be near by.
     pub(super) fn is_near(&self, digest: &Digest) -> bool {
-        self.near.as_ref().is_some_and(|near| near.may_have(digest))
+        lock(&self.near).as_ref().is_some_and(|near| near.may_have(digest))
     }
 
     /// Takes what is near by of `digests` and not in the cache into the cache.
     pub(super) async fn bring_near(&self, digests: &[Digest]) -> std::io::Result<()> {
         let is_wanted = |digest: &&Digest| self.is_near(digest) && !self.cache.has(digest);
         let wanted: Vec<Digest> = digests.iter().filter(is_wanted).copied().collect();
-        let Some(near) = self.near.clone().filter(|_| !wanted.is_empty()) else { return Ok(()) };
+        let near = lock(&self.near).clone();
+        let Some(near) = near.filter(|_| !wanted.is_empty()) else { return Ok(()) };
         let cache = self.cache.clone();
         let bring = move || {
             near.prepare();

@@ -92,7 +92,9 @@ struct Stopped {
 
 impl Stopped {
     fn attach(thread: i32) -> io::Result<Self> {
-        request(libc::PTRACE_SEIZE, thread, null_mut())?;
+        // Should we die in the middle of this, it must not go on with what is in its registers then.
+        let dies_with_us = std::ptr::without_provenance_mut(libc::PTRACE_O_EXITKILL as usize);
+        request(libc::PTRACE_SEIZE, thread, dies_with_us)?;
         // From here on it has to be let go in any case.
         // SAFETY: the registers are plain numbers.
         let mut stopped = Self { thread, before: unsafe { std::mem::zeroed() }, signals: Vec::new() };
