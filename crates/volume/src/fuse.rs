@@ -1,9 +1,8 @@
 //! A connection to the kernel's FUSE: made by a mount, served by few threads.
 //!
-//! It is our own and not a library's for two reasons. A connection that was made by a process that died is served on by
-//! another one ([`Connection::adopt`]), so that who has files of it open only waits. And where requests follow each other
-//! closely, the next one is waited for awake for some microseconds ([`Connection::next`]): to wake a thread on an idle
-//! processor takes longer than most requests.
+//! It is our own and not a library's because a connection that was made by a process that died is served on by another one
+//! ([`Connection::adopt`]): who has files of it open only waits. To wait awake for the next request was tried and is slower:
+//! the kernel wakes one of the threads that sleep all the same.
 
 mod backing;
 pub(crate) mod wire;
@@ -17,19 +16,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::Timespec;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use wire::{Ask, Request};
 
-/// The next request is waited for awake this long, if the one before came so soon.
-const AWAKE: Duration = Duration::from_micros(30);
 /// What the mount is called in the system's list of mounts.
 const SOURCE: &str = "collective";
 /// Mounts for those who are not root.
@@ -131,11 +124,9 @@ impl Connection {
 
     fn serve(device: OwnedFd, path: PathBuf, threads: usize, serve: impl Serve) -> Self {
         let (device, serve) = (Arc::new(device), Arc::new(serve));
-        let awake = Arc::new(AtomicBool::new(false));
         let threads = (0..threads).map(|_| {
-            let looking = Looking { device: device.clone(), awake: awake.clone(), soon: false };
-            let serve = serve.clone();
-            std::thread::spawn(move || looking.answer_all(&*serve))
+            let (device, serve) = (device.clone(), serve.clone());
+            std::thread::spawn(move || answer_all(&device, &*serve))
         });
         let threads = threads.collect();
         Self { device, path, threads, is_mounted: true }
@@ -177,70 +168,32 @@ impl Drop for Connection {
     }
 }
 
-/// A thread that serves.
-struct Looking {
-    device: Arc<OwnedFd>,
-    /// One of the threads waits awake.
-    awake: Arc<AtomicBool>,
-    /// The last request came soon after the one before.
-    soon: bool,
-}
-
-impl Looking {
-    fn answer_all(mut self, serve: &impl Serve) {
-        let mut buffer = vec![0; wire::MAX_REQUEST];
-        loop {
-            let length = match self.next(&mut buffer) {
-                Ok(length) => length,
-                Err(Errno::NODEV) => return,
-                Err(error) => {
-                    tracing::error!(%error, "requests of the kernel cannot be read");
-                    return;
-                }
-            };
-            let Some(Request { unique, node, ask }) = wire::parse(&buffer[..length]) else {
-                tracing::error!(length, "a request of the kernel is cut short");
-                continue;
-            };
-            let reply = Reply { device: self.device.clone(), unique: Some(unique) };
-            match ask {
-                Ask::Forget => reply.owe_nobody(),
-                Ask::Init { max_readahead, offered } => {
-                    reply.data(&wire::init(max_readahead, offered, serve.wants_backing()));
-                }
-                ask => serve.serve(node, ask, reply),
+/// Serves until it is unmounted.
+fn answer_all(device: &Arc<OwnedFd>, serve: &impl Serve) {
+    let mut buffer = vec![0; wire::MAX_REQUEST];
+    loop {
+        let length = match rustix::io::read(device, &mut *buffer) {
+            Ok(length) => length,
+            // Who asked has been killed meanwhile.
+            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => continue,
+            Err(Errno::NODEV) => return,
+            Err(error) => {
+                tracing::error!(%error, "requests of the kernel cannot be read");
+                return;
             }
+        };
+        let Some(Request { unique, node, ask }) = wire::parse(&buffer[..length]) else {
+            tracing::error!(length, "a request of the kernel is cut short");
+            continue;
+        };
+        let reply = Reply { device: device.clone(), unique: Some(unique) };
+        match ask {
+            Ask::Forget => reply.owe_nobody(),
+            Ask::Init { max_readahead, offered } => {
+                reply.data(&wire::init(max_readahead, offered, serve.wants_backing()));
+            }
+            ask => serve.serve(node, ask, reply),
         }
-    }
-
-    /// Waits for a request and returns its length.
-    fn next(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        loop {
-            let began = Instant::now();
-            if self.soon && !self.awake.swap(true, Ordering::AcqRel) {
-                while began.elapsed() < AWAKE && !is_ready(&self.device)? {
-                    std::hint::spin_loop();
-                }
-                self.awake.store(false, Ordering::Release);
-            }
-            match rustix::io::read(&*self.device, &mut *buffer) {
-                // Who asked has been killed meanwhile.
-                Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => {}
-                done => {
-                    self.soon = began.elapsed() < AWAKE;
-                    return done;
-                }
-            }
-        }
-    }
-}
-
-fn is_ready(device: &OwnedFd) -> Result<bool, Errno> {
-    let mut ready = [PollFd::new(device, PollFlags::IN)];
-    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-    match poll(&mut ready, Some(&at_once)) {
-        Err(Errno::INTR) => Ok(false),
-        done => done.map(|ready| ready > 0),
     }
 }
 

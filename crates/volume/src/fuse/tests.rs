@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
