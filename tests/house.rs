@@ -13,7 +13,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("volume", &["store"]),
     ("vmm", &[]),
     ("api", &["keys", "store"]),
-    ("runner", &["disk", "store", "vmm", "volume"]),
+    ("runner", &["disk", "keys", "store", "vmm", "volume"]),
     ("host", &["api", "keys", "store"]),
     ("plane", &["api", "keys", "store"]),
     ("maker", &["disk", "store"]),
