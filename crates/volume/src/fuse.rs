@@ -1,7 +1,7 @@
 //! A connection to the kernel's FUSE: made by a mount, served by few threads.
 //!
 //! It is our own and not a library's because a connection that was made by a process that died is served on by another one
-//! ([`Connection::adopt`]): who has files of it open only waits. To wait awake for the next request was tried and is slower:
+//! ([`Connection::adopt`]): who has files of it open only waits. To wait awake for the next request was tried and is slower, probably because
 //! the kernel wakes one of the threads that sleep all the same.
 
 mod backing;

@@ -24,7 +24,7 @@ pub struct HostOptions {
     cache_size: ByteSize,
     /// Let the instances that run here claim this much memory together [default: all of the machine's]
     ///
-    /// More than there is serves where most of them stand idle: an instance takes memory only as its guest uses it. Where all of them do, the system ends some.
+    /// More than there is serves where most of them stand idle: an instance takes memory only as its guest uses it. Where all of them do, the system may end some.
     #[arg(long, value_name = "SIZE")]
     memory: Option<ByteSize>,
     /// Never use KVM
